@@ -1,0 +1,59 @@
+# Two commands do all the set-up: `make reproduce` and `make test`. `make` alone explains.
+PROFILE ?=
+PYTHON ?= python3
+BIN := .venv/bin
+NEFT := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m neft_utils
+WITH := $(if $(PROFILE),--profile $(PROFILE))
+.DEFAULT_GOAL := help
+.PHONY: help env plan smoke reproduce figures compare promote report test test-all lint strip clean
+
+help:  ## print this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+.venv/installed: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "error: this repository is pinned for Python 3.11, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.11 ...")'
+	@test -d .venv || $(PYTHON) -m venv .venv
+	@command -v nvidia-smi > /dev/null || test -n "$$PIP_FIND_LINKS$$PIP_EXTRA_INDEX_URL$$PIP_INDEX_URL" || echo "no GPU here: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu picks the small CPU build of torch"
+	@echo "installing the pinned packages into .venv (minutes)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+env: .venv/installed  ## create .venv with the pinned packages
+
+plan: env  ## print steps, sizes and estimates of PROFILE without running
+	@$(NEFT) plan $(WITH)
+
+smoke: env  ## run the whole chain at tiny sizes (about 3 minutes on 2 cores)
+	@$(NEFT) reproduce --profile smoke
+
+reproduce: env  ## run all notebooks of PROFILE (default: cpu, or gpu-small with a GPU)
+	@$(NEFT) reproduce $(WITH)
+
+figures: env  ## make figures and tables again from stored results, in seconds
+	@$(NEFT) figures $(WITH)
+
+compare: env  ## hold local results against results/reference
+	@$(NEFT) compare $(WITH)
+
+promote: env  ## copy a complete run at a clean commit to results/reference
+	@$(NEFT) promote $(WITH)
+
+report: env  ## static HTML report of the results
+	@echo "make report is not there yet: read results/reference/*/notebooks meanwhile" >&2; exit 1
+
+test: env  ## lint, unit tests and the smoke chain
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@$(BIN)/python -m pytest
+
+test-all: env  ## also what is slow or needs a GPU, Slurm or the network
+	@$(BIN)/python -m pytest -m ""
+
+lint: env  ## ruff over package, tests and notebooks
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+strip: env  ## clear outputs of the source notebooks
+	@$(NEFT) strip
+
+clean:  ## delete local results and processed data (downloads and models stay)
+	rm -rf results/local data/processed .snakemake

