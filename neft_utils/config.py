@@ -101,7 +101,11 @@ class Arm:
     length: str = _one_of("sequence", "padded", "packed", default="sequence")
     where: str = _one_of("all", "prompt", "response", default="all")
     seeds: tuple[int, ...] | None = None  # None: the profile's
-    lora_dropout: float | None = _at_least(0.0, None)  # None: the recipe's
+    learning_rate: float | None = _at_least(0.0, None)  # None here and below: the recipe's
+    epochs: int | None = _at_least(1, None)
+    batch_size: int | None = _at_least(1, None)
+    lora_rank: int | None = _at_least(1, None)
+    lora_dropout: float | None = _at_least(0.0, None)
     weight_decay: float | None = _at_least(0.0, None)
 
 
@@ -154,9 +158,12 @@ class Profile:
 
     def recipe(self, arm):
         """The training recipe with what the arm changes."""
-        changes = {n: getattr(self.arms[arm], n) for n in ("lora_dropout", "weight_decay")}
+        names = {f.name for f in dataclasses.fields(Train)} & {
+            f.name for f in dataclasses.fields(Arm)
+        }
+        changes = {name: getattr(self.arms[arm], name) for name in sorted(names)}
         return dataclasses.replace(
-            self.train, **{n: value for n, value in changes.items() if value is not None}
+            self.train, **{name: value for name, value in changes.items() if value is not None}
         )
 
     def check_run(self, arm, seed):
@@ -211,11 +218,12 @@ def _check_consistency(profile, where):
         if arm not in profile.arms:
             names = ", ".join(profile.arms)
             raise ConfigError(f"{where}: confirmatory.{role}: {arm!r} is no arm: use {names}")
-    if profile.train.batch_size % profile.train.micro_batch_size:
-        raise ConfigError(
-            f"{where}: train.batch_size: {profile.train.batch_size} is not a multiple of"
-            f" micro_batch_size {profile.train.micro_batch_size}"
-        )
+    for recipe in map(profile.recipe, profile.arms):
+        if recipe.batch_size % recipe.micro_batch_size:
+            raise ConfigError(
+                f"{where}: train.batch_size: {recipe.batch_size} is not a multiple of"
+                f" micro_batch_size {recipe.micro_batch_size}"
+            )
 
 
 def _build(cls, values, where):

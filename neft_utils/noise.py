@@ -18,8 +18,8 @@ import contextlib
 import inspect
 import math
 import numbers
+import sys
 import warnings
-import weakref
 
 import torch
 from transformers import TrainerCallback
@@ -27,10 +27,11 @@ from transformers import TrainerCallback
 DISTRIBUTIONS = ("uniform", "gaussian", "rademacher")
 LENGTHS = ("sequence", "padded", "packed")
 WHERE = ("all", "prompt", "response")
-_CONTEXT = ("attention_mask", "position_ids", "cu_seq_lens_q", "labels", "inputs_embeds")
-_ACTIVE = weakref.WeakKeyDictionary()  # embedding module -> the EmbeddingNoise attached to it
+_LAYOUT = ("attention_mask", "position_ids", "cu_seq_lens_q")
+_CONTEXT = (*_LAYOUT, "labels", "inputs_embeds", "token_type_ids")
 _RATIO_BINS = 1000  # effective α is reported to 0.1 % of α from a histogram of bounded size
-_CHUNK = 2**22  # embedding cells hashed at a time: 32 MiB of int64 scratch, whatever the batch
+_CHUNK = {"cpu": 2**16}  # embedding cells hashed at a time: what a CPU's cache holds,
+_CHUNK_ELSEWHERE = 2**22  # or about 150 MB of scratch on an accelerator, whatever the batch
 
 
 # ------------------------------------------------------------------- scale and random numbers
@@ -45,7 +46,7 @@ def noise_scale(lengths, hidden_size, noise_alpha):
     """
     _check_alpha(noise_alpha)
     lengths = torch.as_tensor(lengths)
-    if hidden_size < 1 or (lengths < 1).any():
+    if not hidden_size >= 1 or not (lengths >= 1).all():
         raise ValueError("noise_scale: lengths and hidden_size must be at least 1")
     return _scale(lengths, hidden_size, noise_alpha)
 
@@ -60,6 +61,11 @@ def _check_alpha(noise_alpha):
         raise TypeError(f"noise_alpha must be a number >= 0, not {noise_alpha!r}")
     if not math.isfinite(noise_alpha) or noise_alpha < 0:
         raise ValueError(f"noise_alpha must be finite and >= 0, not {noise_alpha!r}")
+
+
+def _check_integer(name, value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer, not {value!r}")
 
 
 def _check_choice(name, value, allowed):
@@ -90,10 +96,10 @@ def _mix(z):
 
 
 def _step_key(seed, rank, step):
-    key = torch.zeros(1, dtype=torch.int64)
+    key = torch.zeros(1, dtype=torch.int64, device="cpu")
     for word in (seed, rank, step):
         key = _mix((key + _signed(word)) * _WEYL + _WEYL)
-    return key.item()  # a CPU tensor: no device is waited for
+    return key.item()  # from the CPU: no device is waited for
 
 
 def _token_keys(step_key, sequence, token):
@@ -108,7 +114,7 @@ def _unit_noise(keys, hidden_size, distribution):
     if distribution == "uniform":  # 24 bits, the half step makes the grid symmetric about 0
         return (bits >> 40).float().add_(0.5).mul_(2.0**-23)
     if distribution == "rademacher":
-        return torch.where(bits < 0, -1.0, 1.0).mul_(1 / math.sqrt(3))
+        return (bits >> 63).float().mul_(2).add_(1).mul_(1 / math.sqrt(3))
     # Gaussian by its quantile function; float64 so that devices agree after rounding.
     half = (bits >> 11).double().add_(0.5).mul_(2.0**-52)
     return torch.erfinv(half).mul_(math.sqrt(2 / 3)).float()
@@ -120,67 +126,68 @@ def _unit_noise(keys, hidden_size, distribution):
 def _layout(shape, device, context):
     """Find real tokens, sequences and positions of a (batch, width) grid of token ids.
 
-    Returns flat int64/bool tensors of batch·width cells: real, k (sequence number, empty
-    ones not counted), t (position among real tokens), length (L of the token's sequence),
-    first (true at each sequence's first token), and whether the row is padding-free.
-    Sizes are bounded by the cell count, so nothing here waits for the device.
+    Returns flat tensors of batch·width cells: real (bool), k (sequence number, empty ones
+    not counted), t (position among the real tokens), length (L of the token's sequence) and
+    first (bool, true at each sequence's first token). What the cells hold is decided on the
+    device, sizes depend on batch·width alone, so nothing here waits for the device.
     """
     batch, width = shape
     cells = batch * width
-    mask, positions, cu = (
-        context.get(n) for n in ("attention_mask", "position_ids", "cu_seq_lens_q")
-    )
-    real = torch.ones(batch, width, dtype=torch.bool, device=device)
+    mask, positions, cu = (context.get(name) for name in _LAYOUT)
+    cell = torch.arange(cells, device=device)
+    real = torch.ones(cells, dtype=torch.bool, device=device)
     if mask is not None:
-        if mask.dim() != 2:
+        if mask.dim() != 2 or len(mask) not in (1, batch) or mask.size(1) < width:
             raise ValueError(
-                f"attention_mask has shape {tuple(mask.shape)}: the noise needs the (batch, tokens)"
-                " mask of real tokens, not an expanded one"
+                f"attention_mask has shape {tuple(mask.shape)}, token ids {(batch, width)}: the"
+                " noise needs the (batch, tokens) mask of real tokens, not an expanded one"
             )
-        real = mask[:, -width:].to(device).bool().expand(batch, width)
-    rows = torch.arange(cells, device=device).view(batch, width) // width
-    count = real.flatten().cumsum(0)  # 1-based among all real tokens
-    # The real token before this one: same row, and position one lower, means same sequence.
-    order = torch.where(real.flatten(), count, cells + 1)
-    previous = torch.full((cells + 2,), -1, device=device).scatter_(
-        0, order, torch.arange(cells, device=device)
-    )[(count - 1).clamp(min=0)]
-    previous = torch.where(count > 1, previous, -1)
-    first = (previous < 0) | (rows.flatten()[previous] != rows.flatten())
-    if cu is not None and batch == 1:
-        marks = torch.zeros(cells + 1, dtype=torch.bool, device=device)
-        marks[cu.to(device).long()] = True
-        first |= marks[:-1]
-    elif positions is not None and positions.dim() == 2 and positions.size(-1) == width:
-        flat = positions.to(device).expand(batch, width).flatten()
-        first |= flat[previous] + 1 != flat
-    first &= real.flatten()
-    real = real.flatten()
-    k = first.long().cumsum(0) - 1
-    dump = cells  # scatter target of cells that do not count
-    start = torch.zeros(cells + 1, dtype=torch.int64, device=device)
-    start = start.scatter_(0, torch.where(first, k, dump), count)
+        # A mask wider than the ids covers a cache or a prefix first.
+        mask = mask[:, mask.size(1) - width :]
+        real = mask.to(device).bool().expand(batch, width).reshape(-1)
+    count = real.cumsum(0)  # 1-based among all real tokens
+    # The cell of the real token before this one, -1 if there is none.
+    at = torch.full((cells + 2,), -1, device=device)
+    previous = at.scatter_(0, torch.where(real, count, cells + 1), cell)[(count - 1).clamp(min=0)]
+    first = (previous < 0) | (previous // max(width, 1) != cell // max(width, 1))
+    if cu is not None:
+        if batch > 1 and mask is not None:
+            raise ValueError("cu_seq_lens_q with an attention_mask needs a batch of one row")
+        edge = torch.zeros(cells + 1, dtype=torch.bool, device=device)
+        edge.index_fill_(0, cu.to(device).long().clamp(max=cells), True)
+        # Sequence number by cell, so that an edge on a padding cell counts as well.
+        segment = edge[:-1].cumsum(0)
+        first |= segment[previous] != segment
+    elif positions is not None and positions.dim() < 3 and positions.size(-1) == width:
+        position = positions.to(device).expand(batch, width).reshape(-1)
+        # Goes on by one, or by as many as masked cells lie between: else a new sequence.
+        ahead = position - position[previous]
+        first |= (ahead != 1) & (ahead != cell - previous)
+    first &= real
+    k = first.cumsum(0) - 1
+    start = torch.zeros(cells + 1, dtype=torch.int64, device=device)  # the last one is a dump
+    start.scatter_(0, torch.where(first, k, cells), count)
     length = torch.zeros(cells + 1, dtype=torch.int64, device=device)
-    length = length.scatter_add_(0, torch.where(real, k, dump), real.long())
+    length.scatter_add_(0, torch.where(real, k, cells), real.long())
     k = k.clamp(min=0)
-    padding_free = batch == 1 and (cu is not None or (positions is not None and mask is None))
-    return real, k, count - start[k], length[k].clamp(min=1), first, padding_free
+    return real, k, count - start[k], length[k].clamp(min=1), first
 
 
 # --------------------------------------------------------------------------------- hooks
 
 
 class _Hook:
-    """A hook that a deep copy or pickle of the model turns into a no-op."""
+    """One hook of `noise`, kept out of compiled graphs; in a deep copy or pickle, a no-op."""
 
-    def __init__(self, function):
-        self.function = function
+    def __init__(self, noise=None, method=None):
+        self.noise = noise
+        self.run = noise and torch.compiler.disable(getattr(noise, method))
 
     def __call__(self, *args):
-        return None if self.function is None else self.function(*args)
+        return None if self.run is None else self.run(*args)
 
     def __reduce__(self):
-        return _Hook, (None,)
+        return _Hook, ()
 
 
 class EmbeddingNoise:
@@ -209,8 +216,9 @@ class EmbeddingNoise:
         _check_choice("distribution", distribution, DISTRIBUTIONS)
         _check_choice("length", length, LENGTHS)
         _check_choice("where", where, WHERE)
-        if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
-            raise TypeError(f"seed must be an integer, not {seed!r}")
+        _check_integer("seed", seed)
+        if rank is not None:
+            _check_integer("rank", rank)
         if generator is not None and (length, distribution, where) != ("padded", "uniform", "all"):
             raise ValueError(
                 "generator= imitates transformers' hook and needs length='padded',"
@@ -218,14 +226,10 @@ class EmbeddingNoise:
             )
         self.noise_alpha, self.distribution = float(noise_alpha), distribution
         self.length, self.where, self.seed, self.generator = length, where, int(seed), generator
-        if rank is None:
-            ready = torch.distributed.is_available() and torch.distributed.is_initialized()
-            rank = torch.distributed.get_rank() if ready else 0
-        self.rank = rank
-        self.from_callback = False
-        self._handles, self._frames, self._embedding, self._model = [], [], None, None
+        self.rank, self.from_callback = rank, False
+        self._handles, self._frames, self._embedding = [], [], None
         self._labels, self._step, self._step_is_set, self._sequences = None, 0, False, 0
-        self._calls, self._calls_in_forward, self._sums = 0, 0, None
+        self._calls, self._calls_in_forward, self._hidden, self._sums = 0, 0, None, None
 
     # -- life ---------------------------------------------------------------------------
 
@@ -238,105 +242,112 @@ class EmbeddingNoise:
 
         Raises RuntimeError when noise is there already, ours or transformers' own.
         """
-        embedding = model.get_input_embeddings()
+        while not hasattr(model, "get_input_embeddings") and hasattr(model, "module"):
+            model = model.module  # DistributedDataParallel
+        embedding = getattr(model, "get_input_embeddings", lambda: None)()
         if embedding is None:
             raise ValueError(
                 f"{type(model).__name__} has no input embedding module to add noise to"
             )
-        other = _ACTIVE.get(embedding)
+        hooks = embedding._forward_hooks.values()
+        other = next((h.noise for h in hooks if isinstance(h, _Hook) and h.noise), None)
         if other is not None and other.from_callback:
             other.remove()  # left behind by a train() that raised: a callback cannot see that
         elif other is not None or self.attached:
             raise RuntimeError("embedding noise is attached already: remove() it first")
-        hooks = embedding._forward_hooks.values()
-        if hasattr(embedding, "neftune_noise_alpha") or any(
-            getattr(h, "__name__", "") == "neftune_post_forward_hook" for h in hooks
-        ):
-            raise RuntimeError(
-                "transformers' own NEFTune hook is on this model: unset neftune_noise_alpha,"
-                " or the noise would be added twice"
-            )
+        _refuse_second_noise(embedding)
         names = [n for n, m in model.named_modules(remove_duplicate=False) if m is embedding]
         if not names:
             raise ValueError("get_input_embeddings() returned a module outside the model")
+        if self.rank is None:
+            ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+            self.rank = torch.distributed.get_rank() if ready else 0
         for module in _enclosing(model, names[0]):
             self._handles += [
-                module.register_forward_pre_hook(_Hook(self._enter), with_kwargs=True),
-                module.register_forward_hook(_Hook(self._leave), always_call=True),
+                module.register_forward_pre_hook(_Hook(self, "_enter"), with_kwargs=True),
+                module.register_forward_hook(_Hook(self, "_leave"), always_call=True),
             ]
         self._handles.append(
-            embedding.register_forward_hook(_Hook(self._add_noise), with_kwargs=True)
+            embedding.register_forward_hook(_Hook(self, "_add_noise"), with_kwargs=True)
         )
-        self._embedding, self._model = embedding, weakref.ref(model)
-        _ACTIVE[embedding] = self
-        _forget_compiled(model)
+        self._embedding = embedding
+        _forget_compiled()
         return self
 
     def remove(self):
         """Take the noise off again; harmless when it is off."""
         for handle in self._handles:
             handle.remove()
-        if self._embedding is not None:
-            _ACTIVE.pop(self._embedding, None)
-            model = self._model()
-            if model is not None:
-                _forget_compiled(model)
+        if self.attached:
+            _forget_compiled()
         self._handles, self._frames, self._embedding = [], [], None
 
     def set_step(self, step):
         """Say which optimiser step the following forwards belong to; sequence numbers restart."""
-        if isinstance(step, bool) or not isinstance(step, numbers.Integral) or step < 0:
-            raise ValueError(f"step must be an integer >= 0, not {step!r}")
+        _check_integer("step", step)
+        if step < 0:
+            raise ValueError(f"step must be >= 0, not {step!r}")
         self._step, self._step_is_set, self._sequences = int(step), True, 0
 
     def set_labels(self, labels):
         """Labels (batch, tokens) of the next forward, where that forward is not given them."""
-        self._labels = labels
+        self._labels = None if labels is None else torch.as_tensor(labels)
 
     # -- the forward ----------------------------------------------------------------------
 
     def _enter(self, module, args, kwargs):
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError(
+                "torch.nn.DataParallel runs the model in threads, which would share one stream of"
+                " noise: use one device (CUDA_VISIBLE_DEVICES) or torchrun"
+            )
         depth = next((i for i, (m, _) in enumerate(self._frames) if m is module), None)
         if depth is not None:  # an earlier forward was cut without running its exit hook
             del self._frames[depth:]
         if not self._frames:
             self._calls_in_forward = 0
-        names = inspect.signature(module.forward).parameters
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        nested = given.get("kwargs") if isinstance(given.get("kwargs"), dict) else {}
-        given = {**nested, **given}
-        self._frames.append((module, {n: given[n] for n in _CONTEXT if given.get(n) is not None}))
+            if not self._step_is_set:
+                self._sequences = 0
+        if args:
+            parameters = inspect.signature(module.forward).parameters.values()
+            names = (p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        given = {n: kwargs[n] for n in _CONTEXT if kwargs.get(n) is not None}
+        self._frames.append((module, given))
 
     def _leave(self, module, args, output):
-        context = {}
+        given = {}
         while self._frames:
-            inner, context = self._frames.pop()
+            inner, given = self._frames.pop()
             if inner is module:
                 break
         if self._frames:
             return
         self._labels = None
-        noisy = module.training and torch.is_grad_enabled() and output is not None
-        if noisy and self._calls_in_forward == 0 and "inputs_embeds" in context:
-            raise RuntimeError(
-                "inputs_embeds was given, so no embedding was looked up and no noise added:"
-                " pass input_ids, or add the noise to inputs_embeds yourself"
-            )
-        if self._calls_in_forward and not self._step_is_set:
-            self._step, self._sequences = self._step + 1, 0
-        self._calls_in_forward = 0
+        calls, self._calls_in_forward = self._calls_in_forward, 0
+        if calls and not self._step_is_set:
+            self._step += 1
+        if calls or output is None or not (self._embedding.training and torch.is_grad_enabled()):
+            return
+        raise RuntimeError(
+            "inputs_embeds was given, so no embedding was looked up and no noise added: pass"
+            " input_ids, or add the noise to inputs_embeds yourself"
+            if "inputs_embeds" in given
+            else "this forward did not call the embedding that the noise is on, so none was added:"
+            " attach after the last change of the model (resize_token_embeddings, get_peft_model)"
+        )
 
-    def _context(self, shape):
+    def _context(self):
         """Mask, positions and labels from the nearest enclosing module that has them."""
         found = {"labels": self._labels} if self._labels is not None else {}
         for _, given in reversed(self._frames):
-            for name, value in given.items():
-                found.setdefault(name, value)
+            found = {**given, **found}
         return found
 
     def _add_noise(self, module, args, kwargs, output):
         if not (module.training and torch.is_grad_enabled()):
             return None
+        _refuse_second_noise(module)
         if torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 "the embedding was called again during backward: checkpoint the decoder layers"
@@ -351,51 +362,54 @@ class EmbeddingNoise:
         ids = args[0] if args else kwargs.get("input")
         if output.dim() != 3 or ids.dim() != 2:
             return None  # a helper look-up of single ids, as some vision models do
+        context = self._context()
+        types = context.get("token_type_ids")
+        if types is not None and types.data_ptr() == ids.data_ptr():
+            return None  # GPT-2 looks its token types up in the token embedding
         self._calls += 1
         self._calls_in_forward += 1
         if self.noise_alpha == 0:
             return None
-        return output + self._draw(ids.shape, output.detach())
+        return output + self._draw(ids.shape, output.detach(), context)
 
-    def _draw(self, shape, clean):
-        (batch, width), hidden = shape, clean.size(-1)
-        context = self._context(shape)
-        real, k, t, own, first, padding_free = _layout(shape, clean.device, context)
+    def _draw(self, shape, clean, context):
+        (batch, width), hidden, device = shape, clean.size(-1), clean.device
+        real, k, t, own, first = _layout(shape, device, context)
         k = k + self._sequences
         self._sequences = self._sequences + first.sum()
         if self.length == "sequence":
             length = own
         elif self.length == "packed":
-            length = real.view(batch, width).sum(1, keepdim=True).expand(batch, width).flatten()
-            length = length.clamp(min=1)
+            length = real.view(batch, width).sum(1).clamp(min=1).repeat_interleave(width)
         else:
-            length = (
-                (own * real).max().expand(own.shape)
-                if padding_free
-                else torch.full_like(own, width)
-            )
-        noised = real & self._chosen(shape, context, clean.device)
+            length = torch.full_like(own, width)
+            if batch == 1 and self.generator is None:  # several sequences: a padding-free row
+                length = torch.where(first.sum() > 1, (own * real).max(), length)
+        noised = real & self._chosen(shape, context, device)
         bound = _scale(length, hidden, self.noise_alpha) * noised
-        flat = clean.reshape(-1, hidden)
-        if self.generator is not None:
-            edge = float(self.noise_alpha / torch.sqrt(torch.tensor(width * hidden)))
-            noise = torch.empty_like(clean).uniform_(-edge, edge, generator=self.generator)
-            squares = (noise.view(-1, hidden).float().square().sum(1) * noised).sum()
-        else:
-            noise, squares = torch.empty_like(clean), 0.0
-            rows = max(1, _CHUNK // hidden)
-            keys = _token_keys(_step_key(self.seed, self.rank, self._step), k, t)
-            for i in range(0, len(keys), rows):
-                part = _unit_noise(keys[i : i + rows], hidden, self.distribution)
-                part *= bound[i : i + rows, None]
-                squares = squares + part.square().sum()
-                noise.view(-1, hidden)[i : i + rows] = part
+        noise, flat = torch.empty_like(clean), clean.reshape(-1, hidden)
+        if self.generator is not None:  # the bound rounded as there, so that bits agree
+            edge = float(self.noise_alpha / torch.tensor(width * hidden, device="cpu").sqrt())
+            noise.uniform_(-edge, edge, generator=self.generator)
+        cells = noise.view(-1, hidden)
+        keys = _token_keys(_step_key(self.seed, self.rank, self._step), k, t)
+        added = looked_up = 0.0
+        rows = max(1, _CHUNK.get(device.type, _CHUNK_ELSEWHERE) // hidden)
+        for i in range(0, len(cells), rows):
+            some = slice(i, i + rows)
+            if self.generator is None:
+                part = _unit_noise(keys[some], hidden, self.distribution).mul_(bound[some, None])
+                cells[some] = part
+            else:
+                part = cells[some].float() * noised[some, None]
+            added = added + part.square_().sum()
+            looked_up = looked_up + flat[some].float().square().sum(1).mul_(noised[some]).sum()
         ratio = (own / length).sqrt().clamp(max=1) * _RATIO_BINS
-        seen = torch.zeros(_RATIO_BINS + 1, device=clean.device)
-        seen.scatter_add_(0, ratio.round().long(), (first & real).float())
-        rms_clean = (flat.float().square().sum(1) * noised).sum()
-        sums = torch.stack([noised.sum(), squares, bound.square().sum() * hidden / 3, rms_clean])
-        sums = torch.cat([sums, seen]).to(torch.float64 if clean.device.type != "mps" else None)
+        seen = torch.zeros(_RATIO_BINS + 1, dtype=torch.float32, device=device)
+        seen.scatter_add_(0, ratio.round().long(), first.float())
+        expected = bound.square().sum() * hidden / 3
+        sums = torch.cat([torch.stack([noised.sum(), added, expected, looked_up]), seen])
+        sums = sums.to(torch.float32 if device.type == "mps" else torch.float64)
         self._sums = sums if self._sums is None else self._sums + sums
         self._hidden = hidden
         return noise
@@ -432,7 +446,7 @@ class EmbeddingNoise:
         out["noise_rms"] = math.sqrt(noise / cells)
         out["expected_rms"] = math.sqrt(expected / cells)
         out["relative_rms"] = math.sqrt(noise / clean) if clean else None
-        seen = torch.tensor(seen).cumsum(0)
+        seen = torch.tensor(seen, dtype=torch.float64, device="cpu").cumsum(0)
         for name, quantile in zip(alphas, (0.1, 0.5, 0.9), strict=True):
             position = int(torch.searchsorted(seen, quantile * float(seen[-1])))
             out[name] = self.noise_alpha * min(position, _RATIO_BINS) / _RATIO_BINS
@@ -445,11 +459,21 @@ def _enclosing(model, name):
     return [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
 
 
-def _forget_compiled(model):
-    """Compiled code does not notice new hooks: drop it, so that the change takes effect."""
-    if any(
-        getattr(m, "_compiled_call_impl", None) or hasattr(m, "_orig_mod") for m in model.modules()
+def _refuse_second_noise(embedding):
+    """transformers sets this attribute on the embedding while its own hook is there."""
+    if hasattr(embedding, "neftune_noise_alpha") or any(
+        getattr(hook, "__name__", "") == "neftune_post_forward_hook"
+        for hook in embedding._forward_hooks.values()
     ):
+        raise RuntimeError(
+            "transformers' own NEFTune hook is on this model: unset neftune_noise_alpha, or the"
+            " noise would be added twice"
+        )
+
+
+def _forget_compiled():
+    """Compiled code does not notice new hooks: drop it, so that the change takes effect."""
+    if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
 
 
@@ -507,12 +531,13 @@ class NEFTuneCallback(TrainerCallback):
         if not self.noise.attached:
             raise RuntimeError("the embedding noise was removed during training")
         self.noise.set_step(state.global_step)
+        self._calls_before = self.noise._calls
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.noise._calls == 0:
+        if self.noise._calls == self._calls_before:
             raise RuntimeError(
-                "no noise was added in the first optimiser step: the model was not called in"
-                " training mode with input_ids"
+                f"no noise was added in optimiser step {state.global_step}: the model was not"
+                " called in training mode with input_ids"
             )
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -523,3 +548,27 @@ class NEFTuneCallback(TrainerCallback):
 
     def remove(self):
         self.noise.remove()
+
+
+def suggest_noise_alpha(model, lengths, share=0.25):
+    """The α whose noise has `share` of the norm of a token's embedding, as a plain float.
+
+    model: any Hugging Face causal LM; lengths: tokens of each training sequence, list or
+    tensor; share: noise norm over embedding norm, > 0. The noise of one token has the norm
+    α/√(3L) (root mean square, whatever d is), so α = share · mean row norm · √(3 · median L).
+    A quarter is what the paper's α = 5 means on LLaMA-2-7B, whose rows have a norm of about
+    1.1 (from its published standard deviation, not measured by us), at L ≈ 110. It is a
+    starting point for a search, not a result. Rows are measured behind the embedding module,
+    so that models which scale inside it (Gemma) are treated like the others.
+    Raises ValueError for no lengths, lengths below 1 or a share that is not positive.
+    """
+    lengths = torch.as_tensor(lengths, dtype=torch.float64, device="cpu").flatten()
+    if len(lengths) == 0 or not (lengths >= 1).all():
+        raise ValueError("lengths must hold at least one sequence, each of at least 1 token")
+    if not (share > 0 and math.isfinite(share)):
+        raise ValueError(f"share must be finite and > 0, not {share!r}")
+    embedding = model.get_input_embeddings()
+    ids = torch.arange(embedding.weight.size(0), device=embedding.weight.device)
+    with torch.no_grad():
+        norms = [embedding(part[None]).float().norm(dim=-1)[0] for part in ids.split(4096)]
+    return share * float(torch.cat(norms).mean()) * math.sqrt(3 * float(lengths.quantile(0.5)))

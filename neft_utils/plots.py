@@ -4,8 +4,14 @@ Colours are Okabe & Ito's, which colour-blind readers can tell apart. Every figu
 as PNG and SVG under the number of the notebook that makes it.
 """
 
+import functools
+import textwrap
+
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import MaxNLocator
+
+from neft_utils.config import BASE
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 BASELINE, UNTRAINED = "#8C8C8C", "#BFBFBF"
@@ -39,19 +45,32 @@ def save(figure, folder, name, alt):
 
 
 def colour_of(arm, arms, control):
-    """Grey for the control, one colour per other arm in the profile's order."""
-    others = [name for name in arms if name != control]
-    return BASELINE if arm == control else COLOURS[others.index(arm) % len(COLOURS)]
+    """Grey for the control, light grey for the untrained base, a colour per other arm."""
+    if arm in (BASE, control):
+        return UNTRAINED if arm == BASE else BASELINE
+    others = [name for name in arms if name not in (BASE, control)]
+    return COLOURS[others.index(arm) % len(COLOURS)]
 
 
-def _figure():
-    with plt.rc_context(STYLE):
-        return plt.subplots()
+def styled(function):
+    """Draw under STYLE and leave the reader's own matplotlib settings alone."""
+
+    @functools.wraps(function)
+    def drawn(*args, **kwargs):
+        with plt.rc_context(STYLE):
+            return function(*args, **kwargs)
+
+    return drawn
 
 
+def _wrapped(title):
+    return textwrap.fill(title, 66)
+
+
+@styled
 def noise_energy(lengths, sizes, energies, noise_alpha):
     """Squared noise norm of a sequence against its length, one marker per embedding size."""
-    figure, axis = _figure()
+    figure, axis = plt.subplots()
     for marker, size in zip("osD^", sizes, strict=False):
         axis.plot(
             lengths, energies[size], marker, label=f"d = {size}", color=COLOURS[sizes.index(size)]
@@ -72,9 +91,10 @@ def noise_energy(lengths, sizes, energies, noise_alpha):
     return figure
 
 
+@styled
 def effective_alpha(lengths, widths, noise_alpha):
     """Share of the intended α that a sequence gets when L is the width of its batch row."""
-    figure, axis = _figure()
+    figure, axis = plt.subplots()
     grid = np.arange(16, 513)
     for colour, width in zip(COLOURS, widths, strict=False):
         values = noise_alpha * np.sqrt(np.minimum(grid / width, 1))
@@ -95,9 +115,10 @@ def effective_alpha(lengths, widths, noise_alpha):
     return figure
 
 
-def learning_curves(runs, arms, control):
+@styled
+def learning_curves(runs, arms, control, title):
     """Clean validation NLL after each epoch, one line per run, one colour per arm."""
-    figure, axis = _figure()
+    figure, axis = plt.subplots()
     for arm in arms:
         for (name, _), run in runs.items():
             if name == arm and run["log"] is not None:
@@ -114,15 +135,17 @@ def learning_curves(runs, arms, control):
     axis.set(
         xlabel="epoch",
         ylabel="validation NLL, noise off (nats/token)",
-        title="Learning curves of all runs",
+        title=title,
     )
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend()
     return figure
 
 
+@styled
 def seed_deltas(deltas, interval, title, ylabel):
     """Per-seed mean differences as points beside the mean with its interval; zero is no effect."""
-    figure, axis = _figure()
+    figure, axis = plt.subplots()
     means = deltas.groupby("seed").delta.mean()
     axis.axhline(0, color=BASELINE, linewidth=1)
     axis.plot(range(len(means)), means, "o", color=COLOURS[0])
@@ -139,31 +162,29 @@ def seed_deltas(deltas, interval, title, ylabel):
             xycoords="axes fraction",
             fontsize=8,
         )
-    axis.set(title=title, ylabel=ylabel)
+    axis.set(title=_wrapped(title), ylabel=ylabel, xlim=(-0.5, where + 0.5))
     return figure
 
 
+@styled
 def arms_by_seed(seeds, metric, arms, control, title, ylabel):
     """One metric, one column per arm: seeds as points, their mean as a bar."""
-    figure, axis = _figure()
+    figure, axis = plt.subplots()
     names = [arm for arm in arms if seeds[seeds.arm == arm][metric].notna().any()]
     for place, arm in enumerate(names):
         values = seeds[seeds.arm == arm][metric].dropna()
-        colour = (
-            UNTRAINED
-            if arm not in arms[1:] and arm == "base"
-            else colour_of(arm, arms[1:], control)
-        )
+        colour = colour_of(arm, arms, control)
         axis.plot(np.full(len(values), place), values, "o", color=colour, alpha=0.8)
         axis.plot([place - 0.25, place + 0.25], [values.mean()] * 2, color=colour, linewidth=3)
     axis.set_xticks(range(len(names)), names)
-    axis.set(title=title, ylabel=ylabel, xlim=(-0.6, len(names) - 0.4))
+    axis.set(title=_wrapped(title), ylabel=ylabel, xlim=(-0.6, len(names) - 0.4))
     return figure
 
 
+@styled
 def leaderboard(pairs, labels):
     """Raw and length-controlled win-rate differences of published pairs, in points."""
-    figure, axis = _figure()
+    figure, axis = plt.subplots()
     places = np.arange(len(pairs))
     for shift, kind, colour in ((-0.2, "raw", COLOURS[0]), (0.2, "length_controlled", COLOURS[1])):
         heights = [pair[kind][2] for pair in pairs]

@@ -1,0 +1,316 @@
+"""The commands as a user runs them: the nano and smoke chains, interrupted and misused.
+
+Everything happens in copies of the repository in temporary folders, started from another
+working directory; only the downloaded wheels and converted models are shared.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+from nbclient import NotebookClient
+
+from neft_utils.config import NOTEBOOKS, STEPS
+from neft_utils.provenance import ROOT
+
+PARTS = ("neft_utils", "notebooks", "Snakefile", "requirements.txt", "pyproject.toml")
+
+
+def copy_of_the_repository(folder):
+    for name in PARTS:
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
+    (folder / "data").mkdir()
+    shutil.copy(ROOT / "data" / "packages.txt", folder / "data")
+    for name in ("wheels", "models"):
+        (ROOT / "data" / name).mkdir(exist_ok=True)
+        (folder / "data" / name).symlink_to(ROOT / "data" / name)
+    return folder
+
+
+def neft(folder, *arguments, timeout=600, **environment):
+    """Run `python -m neft_utils` of that copy from another folder; returns the process."""
+    return subprocess.run(
+        command(*arguments),
+        cwd="/",
+        env=surroundings(folder, **environment),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "neft_utils", *map(str, arguments)]
+
+
+def surroundings(folder, **more):
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PYTHONPATH": str(folder), "PATH": path, **more}
+
+
+def files_of(run):
+    return {
+        path.relative_to(run): path.read_bytes()
+        for path in sorted(run.rglob("*"))
+        if path.name
+        in ("losses.csv", "generations.jsonl", "noise.json", "adapter_model.safetensors")
+    }
+
+
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory):
+    """A finished nano chain: (repository copy, results folder)."""
+    folder = copy_of_the_repository(tmp_path_factory.mktemp("nano"))
+    done = neft(folder, "reproduce", "--profile", "nano")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, folder / "results" / "local" / "nano", done
+
+
+def test_the_chain_writes_every_file(nano):
+    _, results, _ = nano
+    for arm, seed in [("baseline", 0), ("baseline", 1), ("neft_a15", 0), ("neft_a15", 1)]:
+        run = results / "runs" / f"{arm}-s{seed}"
+        names = {path.name for path in run.iterdir()}
+        assert names >= {
+            "config.json",
+            "provenance.json",
+            "train_log.csv",
+            "noise.json",
+            "adapter",
+            "losses.csv",
+            "generations.jsonl",
+            "task_items.csv",
+            "scores.json",
+        }
+    base = {path.name for path in (results / "runs" / "base-s0").iterdir()}
+    assert base == {
+        "config.json",
+        "provenance.json",
+        "losses.csv",
+        "generations.jsonl",
+        "task_items.csv",
+        "scores.json",
+    }
+    for name in (
+        "claims.json",
+        "manifest.json",
+        "noise_check.json",
+        "tables/main.md",
+        "tables/contrasts.csv",
+        "tables/by_seed.csv",
+        "published/leaderboard.csv",
+    ):
+        assert (results / name).stat().st_size > 0
+    figures = {path.name for path in (results / "figures").iterdir()}
+    for stem in ("02_noise_energy", "05_confirmatory", "05_learning_curves", "05_answer_length"):
+        assert {f"{stem}.png", f"{stem}.svg"} <= figures
+
+
+def test_it_says_how_far_it_is_and_ends_with_the_table(nano):
+    _, _, done = nano
+    assert re.search(
+        r"\[ +[\d.]+ min\] \d+ of \d+ steps, about \d+ min left · finished", done.stdout
+    )
+    assert "| arm | seeds | test_nll" in done.stdout
+    assert done.stdout.rstrip().splitlines()[-1].startswith("results in ")
+
+
+def test_executed_copies_ran_in_order_and_carry_no_machine_path(nano):
+    folder, results, _ = nano
+    copies = sorted((results / "notebooks").glob("*.ipynb"))
+    names = {re.sub(r"__.*", "", path.stem) for path in copies}
+    assert names == set(STEPS.values())
+    assert len([path for path in copies if path.stem.startswith("04")]) == 5
+    for path in copies:
+        notebook = nbformat.read(path, as_version=4)
+        code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+        assert not any(o.output_type == "error" for cell in code for o in cell.outputs)
+        text = path.read_text("utf-8")
+        assert str(folder) not in text and str(Path.home()) not in text
+        source = nbformat.read(NOTEBOOKS / f"{re.sub('__.*', '', path.stem)}.ipynb", as_version=4)
+        ours = [
+            c.source
+            for c in notebook.cells
+            if "injected-parameters" not in c.metadata.get("tags", [])
+        ]
+        assert ours == [cell.source for cell in source.cells]
+
+
+def test_a_second_call_does_nothing_even_after_editing_prose(nano):
+    folder, results, _ = nano
+    before = {p: p.stat().st_mtime_ns for p in results.rglob("*") if p.suffix != ".log"}
+    notebook = folder / "notebooks" / "03_finetune_qlora.ipynb"
+    notebook.write_text(
+        notebook.read_text("utf-8").replace("## What is trained", "## What we train")
+    )
+    started = time.monotonic()
+    done = neft(folder, "reproduce", "--profile", "nano")
+    assert done.returncode == 0 and "nothing to do" in done.stdout
+    assert time.monotonic() - started < 15
+    after = {p: p.stat().st_mtime_ns for p in results.rglob("*") if p.suffix != ".log"}
+    assert {p: t for p, t in after.items() if p.is_file()} == {
+        p: t for p, t in before.items() if p.is_file()
+    }
+
+
+def test_tables_can_be_recomputed_from_the_per_item_files(nano):
+    _, results, _ = nano
+    main = pd.read_csv(results / "tables" / "main.csv").set_index("arm")
+    for arm in ("baseline", "neft_a15"):
+        values = [
+            pd.read_csv(results / "runs" / f"{arm}-s{seed}" / "losses.csv")
+            .query("split == 'test'")
+            .nll.mean()
+            for seed in (0, 1)
+        ]
+        assert main.test_nll[arm] == pytest.approx(sum(values) / 2, abs=1e-12)
+
+
+def test_a_run_killed_in_the_middle_is_finished_by_the_next_call(nano, tmp_path):
+    finished, results, _ = nano
+    folder = copy_of_the_repository(tmp_path)
+    process = subprocess.Popen(
+        command("reproduce", "--profile", "nano"),
+        cwd="/",
+        env=surroundings(folder),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    partial = folder / "results" / "local" / "nano" / "notebooks"
+    deadline = time.monotonic() + 120
+    while not list(partial.glob(".03_*")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(3)
+    kill_all(process.pid)
+    process.wait()
+    assert not (partial.parent / "claims.json").exists()
+    done = neft(folder, "reproduce", "--profile", "nano")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert files_of(folder / "results/local/nano/runs") == files_of(results / "runs")
+    assert not list(partial.glob(".0*"))
+
+
+def kill_all(pid):
+    """kill -9 of a process and all its descendants (kernels start sessions of their own)."""
+    import psutil
+
+    family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    for one in family:
+        one.send_signal(signal.SIGKILL)
+
+
+def mine(tmp_path, **changes):
+    """A nano profile of one's own, with top-level keys replaced."""
+    import yaml
+
+    values = yaml.safe_load((NOTEBOOKS / "profiles" / "nano.yaml").read_text("utf-8")) | changes
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(values), "utf-8")
+    return path
+
+
+def test_misuse_is_one_line_and_a_failing_exit_code(nano, tmp_path):
+    folder, _, _ = nano
+    alpha = mine(tmp_path, arms={"baseline": {"noise_alpha": -1}})
+    cases = [
+        (["plan", "--profile", "nanno"], "no profile 'nanno'"),
+        (["reproduce", "--profile", alpha], "noise_alpha: must be at least 0.0, not -1.0"),
+        (["notebook", 3, "--profile", "nano", "--arm", "neft", "--seed", 0], "no arm 'neft'"),
+        (["notebook", 3, "--profile", "nano", "--arm", "baseline", "--seed", 9], "no seed 9"),
+        (
+            ["notebook", 1, "--profile", "nano", "--arm", "baseline", "--seed", 0],
+            "has no parameter ARM",
+        ),
+        (["reproduce", "--profile", "nano", "--out", "/dev/null/x"], "Not a directory"),
+        (["promote", "--profile", "nano"], "promote needs a clean commit"),
+        (["compare", "--profile", "nano"], "is missing: nothing to compare"),
+        (["figures", "--profile", "smoke"], "no stored results of smoke"),
+    ]
+    for arguments, message in cases:
+        done = neft(folder, *arguments)
+        assert done.returncode == 1, arguments
+        assert message in done.stderr and "Traceback" not in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ('[{"question": "a", "answer": "b"}]', "question, answer"),
+        ("[]", "mine.json"),
+        ('[{"prompt": "a", "response": ""}]', "row"),
+    ],
+)
+def test_a_data_file_that_will_not_do_is_named(tmp_path, rows, message):
+    folder = copy_of_the_repository(tmp_path)
+    file = tmp_path / "mine.json"
+    file.write_text(rows, "utf-8")
+    own = {
+        "source": "json",
+        "path": str(file),
+        "train_rows": 1,
+        "validation_rows": 1,
+        "test_rows": 1,
+    }
+    done = neft(folder, "reproduce", "--profile", mine(tmp_path, data=own))
+    assert done.returncode != 0
+    line = next(x for x in done.stderr.splitlines() if x.startswith("error: 01_prepare_data"))
+    assert "DataError" in line and message in line
+    assert not (folder / "data" / "processed" / "mine" / "manifest.json").exists()
+
+
+def test_two_at_once_are_refused(nano):
+    import fcntl
+
+    folder, _, _ = nano
+    with open(folder / ".snakemake" / "reproduce.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = neft(folder, "reproduce", "--profile", "nano")
+    assert done.returncode == 1 and "another make reproduce is running" in done.stderr
+
+
+def test_figures_are_made_again_from_stored_results(nano):
+    folder, results, _ = nano
+    before = (results / "tables" / "main.csv").read_bytes()
+    (results / "figures" / "05_confirmatory.png").unlink()
+    done = neft(folder, "figures", "--profile", "nano")
+    assert done.returncode == 0, done.stderr
+    assert (results / "figures" / "05_confirmatory.png").exists()
+    assert (results / "tables" / "main.csv").read_bytes() == before
+
+
+@pytest.mark.wheels
+def test_smoke_chain_then_every_notebook_by_hand(tmp_path, monkeypatch):
+    """Real model and data, then each notebook in Jupyter's way: own folder, defaults."""
+    folder = copy_of_the_repository(tmp_path)
+    done = neft(folder, "reproduce", "--profile", "smoke", timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    claims = json.loads((folder / "results/local/smoke/claims.json").read_text("utf-8"))
+    assert claims[0]["id"] == "confirmatory" and claims[0]["estimate"] is not None
+    assert claims[0]["verdict"].startswith("not testable here")  # one seed
+    noise = json.loads(
+        (folder / "results/local/smoke/runs/neft_a15-s0/noise.json").read_text("utf-8")
+    )
+    assert noise["effective_alpha_p50"] == 15 and 0.1 < noise["relative_rms"] < 1
+    for name, value in surroundings(folder, OMP_NUM_THREADS="2").items():
+        monkeypatch.setenv(name, value)
+    for path in sorted((folder / "notebooks").glob("*.ipynb")):
+        notebook = nbformat.read(path, as_version=4)
+        NotebookClient(
+            notebook,
+            timeout=600,
+            kernel_name="python3",
+            resources={"metadata": {"path": str(path.parent)}},
+        ).execute()

@@ -1,0 +1,145 @@
+"""The fast path computes what the padded reference computes; answers do not depend on batches."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import RepetitionPenaltyLogitsProcessor
+
+from neft_utils import generate
+from neft_utils import model as m
+from neft_utils.config import HERE, ConfigError, Model
+
+NANO = Model(source="nano")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return m.load_tokenizer(NANO)
+
+
+@pytest.fixture
+def nano():
+    return m.load_base(NANO, "bf16").float()
+
+
+@pytest.fixture(scope="module")
+def encoded(tokenizer):
+    rows = [("Hi", "Good day to you."), ("Two and two?", "Four"), ("Say a lot", "well " * 30)]
+    return [m.encode(tokenizer, {"prompt": p, "response": r}) for p, r in rows]
+
+
+def padded_token_nll(model, encoded):
+    """Right-padded batch, full logits, plain SDPA: the textbook way."""
+    model.set_attn_implementation("sdpa")
+    width = max(len(e["input_ids"]) for e in encoded)
+    pad = lambda values, fill: values + [fill] * (width - len(values))  # noqa: E731
+    ids = torch.tensor([pad(e["input_ids"], 1) for e in encoded])
+    response = torch.tensor([pad(e["completion_mask"], 0) for e in encoded]).bool()
+    mask = torch.tensor([pad([1] * len(e["input_ids"]), 0) for e in encoded])
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+    nll = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    model.set_attn_implementation(m.ATTENTION)
+    return nll, response[:, 1:]
+
+
+def test_loss_and_gradients_equal_the_padded_reference(nano, encoded):
+    nll, _ = m.response_token_nll(nano, m.flat_batch(encoded))
+    nll.sum().backward()
+    ours = {name: p.grad.clone() for name, p in nano.named_parameters()}
+    nano.zero_grad()
+    reference, chosen = padded_token_nll(nano, encoded)
+    reference[chosen].sum().backward()
+    torch.testing.assert_close(nll, reference[chosen], rtol=1e-5, atol=1e-5)
+    for name, p in nano.named_parameters():
+        scale = p.grad.abs().max()
+        assert (ours[name] - p.grad).abs().max() <= 1e-5 * scale, name
+
+
+def test_response_nll_is_the_mean_over_response_tokens_whatever_the_batch(nano, encoded):
+    with torch.no_grad():
+        reference, chosen = padded_token_nll(nano.eval(), encoded)
+    expected = [float(n[c].mean()) for n, c in zip(reference, chosen, strict=True)]
+    for batch_tokens in (16, 60, 5000):
+        assert m.response_nll(nano, encoded, batch_tokens) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_mask_covers_the_response_and_its_end_only(tokenizer):
+    one = m.encode(tokenizer, {"prompt": "Hi", "response": "Yo"})
+    marked = [i for i, k in zip(one["input_ids"], one["completion_mask"], strict=True) if k]
+    assert tokenizer.decode(marked) == "Yo<|im_end|>"
+    # The prompt holds the same end-of-turn id, unmarked: masks are not made from ids.
+    assert one["input_ids"].count(tokenizer.eos_token_id) == 2
+
+
+def test_a_model_without_chat_template_gets_the_alpaca_prompt(tokenizer):
+    import copy
+
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    text = plain.decode(m.prompt_ids(plain, "Name a colour."))
+    assert text.endswith("### Instruction:\nName a colour.\n\n### Response:\n")
+
+
+def test_quantising_once_rounds_linear_layers_and_leaves_embeddings():
+    plain, rounded = m.load_base(NANO, "bf16"), m.load_base(NANO, "nf4_dequantized")
+    for (name, a), (_, b) in zip(plain.named_parameters(), rounded.named_parameters(), strict=True):
+        assert torch.equal(a, b) == ("proj" not in name), name
+        assert b.dtype == torch.bfloat16
+    # NF4 has 16 levels a block of 64: no block of a rounded weight holds more.
+    block = rounded.model.layers[0].self_attn.q_proj.weight.flatten()[:64]
+    assert len(block.unique()) <= 16
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        (Model(source="someone/some-model"), "pin a commit of someone/some-model"),
+        (Model(source=str(HERE)), "holds no model"),
+    ],
+)
+def test_a_model_that_is_not_there_says_so(model, message):
+    with pytest.raises(ConfigError, match=message):
+        m.model_folder(model)
+
+
+def test_batched_answers_equal_single_ones(nano, tokenizer):
+    prompts = ["Hi", "A much longer prompt than the first one", "Why?", "Name three colours"]
+    options = {"max_new_tokens": 24, "repetition_penalty": 1.2}
+    together = generate.answer(nano, tokenizer, prompts, batch_size=4, **options)
+    alone = generate.answer(nano, tokenizer, prompts, batch_size=1, **options)
+    assert together == alone
+    assert nano.config._attn_implementation == m.ATTENTION
+
+
+def test_the_penalty_is_transformers_but_for_exempt_ids():
+    ids, scores = torch.tensor([[3, 5, 3], [2, 2, 7]]), torch.randn(2, 10)
+    theirs = RepetitionPenaltyLogitsProcessor(1.2)(ids, scores.clone())
+    ours = generate.RepetitionPenalty(1.2, [2])(ids, scores.clone())
+    kept = [i for i in range(10) if i != 2]
+    assert torch.equal(ours[:, kept], theirs[:, kept])
+    assert torch.equal(ours[:, 2], scores[:, 2])
+    assert not torch.equal(theirs[:, 2], scores[:, 2])
+
+
+@pytest.mark.parametrize(
+    "tokens, expected",
+    [([5, 6, 1, 9, 9], (3, True)), ([1, 9], (1, True)), ([5, 6, 7], (3, False))],
+)
+def test_length_counts_to_the_first_end_of_turn(tokenizer, tokens, expected):
+    one = generate._first_turn(tokenizer, tokens, [1])
+    assert (one["n_tokens"], one["stopped"]) == expected
+
+
+def test_greedy_answers_follow_the_arg_max(nano, tokenizer):
+    """Without penalty an answer is the arg max of the padded-free forward, token by token."""
+    ids = m.prompt_ids(tokenizer, "Hi")
+    text = generate.answer(
+        nano, tokenizer, ["Hi"], max_new_tokens=8, batch_size=1, repetition_penalty=1.0
+    )[0]
+    nano.set_attn_implementation("sdpa")
+    new = []
+    with torch.no_grad():
+        for _ in range(8):
+            logits = nano(input_ids=torch.tensor([ids + new])).logits[0, -1]
+            new.append(int(logits.argmax()))
+    assert text["text"] == tokenizer.decode(new, skip_special_tokens=True)

@@ -1,0 +1,151 @@
+"""Static rules of the notebooks, and that pins, environment and package agree."""
+
+import ast
+import json
+import re
+import tomllib
+
+import pytest
+import yaml
+
+from neft_utils.config import HERE, NOTEBOOKS, STEPS
+
+ROOT = HERE.parent
+FILES = sorted(NOTEBOOKS.glob("*.ipynb"))
+PARAMETERS = {"PROFILE", "ARM", "SEED", "OUT"}
+
+
+def load(path):
+    return json.loads(path.read_text("utf-8"))
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+def test_the_notebooks_are_the_steps():
+    assert [path.stem for path in FILES] == list(STEPS.values())
+    assert [int(path.stem[:2]) for path in FILES] == list(STEPS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+class TestEachNotebook:
+    def test_sources_hold_no_outputs_counts_or_empty_cells(self, path):
+        for cell in load(path)["cells"]:
+            assert source(cell).strip()
+            if cell["cell_type"] == "code":
+                assert cell["outputs"] == [] and cell["execution_count"] is None
+
+    def test_title_has_the_number_of_the_file_and_one_claim(self, path):
+        first = source(load(path)["cells"][0])
+        assert re.match(rf"# {int(path.stem[:2])}\. \S", first)
+        assert len(re.findall(r"^> \*\*Claim", first, re.M)) == 1
+        for row in ("You will learn", "Reads", "Writes", "Time, memory"):
+            assert f"| {row} |" in first
+
+    def test_one_parameters_cell_of_literals(self, path):
+        tagged = [c for c in code_cells(load(path)) if c["metadata"].get("tags") == ["parameters"]]
+        assert len(tagged) == 1
+        names = []
+        for node in ast.parse(source(tagged[0])).body:
+            assert isinstance(node, ast.AnnAssign)
+            ast.literal_eval(node.value)
+            names.append(node.target.id)
+        assert set(names) <= PARAMETERS and {"PROFILE", "OUT"} <= set(names)
+        assert re.findall(r"  # \S", source(tagged[0])).__len__() == len(names)
+
+    def test_imports_come_before_parameters_come_before_the_rest(self, path):
+        cells = code_cells(load(path))
+        assert all(
+            isinstance(node, ast.Import | ast.ImportFrom)
+            for node in ast.parse(source(cells[0])).body
+        )
+        assert cells[1]["metadata"].get("tags") == ["parameters"]
+
+    def test_cells_are_short_and_links_lead_somewhere(self, path):
+        for cell in load(path)["cells"]:
+            if cell["cell_type"] == "code":
+                assert len(source(cell).splitlines()) <= 30
+                assert max(map(len, source(cell).splitlines())) <= 88
+            for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", source(cell)):
+                assert (NOTEBOOKS / target).exists(), target
+
+    def test_exercises_close_it(self, path):
+        assert "**Exercises.**" in source(load(path)["cells"][-1])
+
+
+def test_no_function_is_defined_in_two_places():
+    seen = {}
+    places = [(p.name, "\n".join(source(c) for c in code_cells(load(p)))) for p in FILES]
+    places += [(p.name, p.read_text("utf-8")) for p in HERE.glob("*.py")]
+    for name, text in places:
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                seen.setdefault(node.name, set()).add(name)
+    twice = {k: v for k, v in seen.items() if len(v) > 1 and any(n.endswith("ipynb") for n in v)}
+    assert not twice
+
+
+def test_modules_import_only_from_lower_floors():
+    floors = [
+        {"noise", "config", "provenance", "metrics", "stats", "filters"},
+        {"data", "model"},
+        {"train", "generate", "tasks", "judge"},
+        {"results", "published", "plots"},
+        {"__main__", "__init__"},
+    ]
+    floor = {name: n for n, names in enumerate(floors) for name in names}
+    for path in HERE.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("neft_utils"):
+                parts = node.module.split(".")[1:] or [alias.name for alias in node.names]
+                for used in parts:
+                    assert floor[used] <= floor[path.stem], f"{path.stem} imports {used}"
+
+
+def test_noise_can_be_copied_out():
+    tree = ast.parse((HERE / "noise.py").read_text("utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert not (node.module or "").startswith("neft_utils")
+
+
+def test_pins_environment_and_package_agree():
+    lines = (ROOT / "requirements.txt").read_text("utf-8").splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    for line in pins:
+        assert re.match(r"^[\w.-]+==[\w.]+ +# \S", line), f"no exact pin with a reason: {line}"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    assert project["tool"]["setuptools"]["dynamic"]["dependencies"]["file"] == ["requirements.txt"]
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text("utf-8"))
+    python, pip = conda["dependencies"][0], conda["dependencies"][-1]["pip"]
+    assert python == "python=3.11" and project["project"]["requires-python"] == "==3.11.*"
+    assert "-r requirements.txt" in pip
+
+
+def test_installed_versions_are_the_pinned_ones():
+    from importlib.metadata import version
+
+    for line in (ROOT / "requirements.txt").read_text("utf-8").splitlines():
+        if match := re.match(r"([\w.-]+)==([\w.]+)", line):
+            assert version(match.group(1)).split("+")[0] == match.group(2)
+
+
+def test_make_alone_lists_every_target():
+    text = (ROOT / "Makefile").read_text("utf-8")
+    wanted = (
+        "env plan smoke reproduce figures compare promote report test test-all lint strip clean"
+    )
+    for target in wanted.split():
+        assert re.search(rf"^{target}:.*## \S", text, re.M), target
+
+
+def test_the_repository_names_no_machine_path():
+    for path in [*FILES, *HERE.glob("*.py"), *ROOT.glob("*.md"), ROOT / "Makefile"]:
+        assert not re.search(
+            r"(?<![\w.])/(?:home|root|work|Users|mnt)/", path.read_text("utf-8")
+        ), path

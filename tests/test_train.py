@@ -1,0 +1,219 @@
+"""One run on the nano model: reproducible, paired between arms, and clean after exceptions."""
+
+import json
+import math
+
+import pandas as pd
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from neft_utils import config, data, provenance, results, tasks, train
+from neft_utils import model as m
+
+
+@pytest.fixture(scope="module")
+def profile():
+    return config.load_profile("nano")
+
+
+@pytest.fixture(scope="module")
+def prepared(profile, tmp_path_factory):
+    """Processed nano data, in a folder of this test run."""
+    folder = tmp_path_factory.mktemp("processed")
+    tokenizer = m.load_tokenizer(profile.model)
+    data.prepare(profile.data, profile.all_seeds(), folder, m.count_tokens(tokenizer))
+    return folder
+
+
+class Places(config.Paths):
+    """Paths with the processed data elsewhere."""
+
+    @property
+    def processed(self):
+        return self.folder
+
+
+@pytest.fixture
+def paths(profile, prepared, tmp_path):
+    places = Places(profile.name, str(tmp_path))
+    object.__setattr__(places, "folder", prepared)
+    return places
+
+
+def silent(text):
+    pass
+
+
+def weights(run):
+    from safetensors.torch import load_file
+
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def test_a_run_writes_its_files_and_the_same_seed_gives_the_same_bits(profile, paths, tmp_path):
+    run = train.finetune(profile, "neft_a15", 0, paths, silent)
+    log = pd.read_csv(run / "train_log.csv")
+    assert list(log.columns) == train.LOG_COLUMNS
+    assert log.step.tolist() == [0, 1, 2, 3, 4]
+    assert log.validation_nll.notna().tolist() == [True, False, True, False, True]
+    noise = json.loads((run / "noise.json").read_text())
+    assert noise["noise_rms"] == pytest.approx(noise["expected_rms"], rel=0.02)
+    assert noise["calls"] == 2 * profile.train.epochs * 2  # micro-batches of 4, 16 rows
+    about = json.loads((run / "provenance.json").read_text())
+    assert about["adapter_sha256"] == provenance.sha256_file(
+        run / "adapter" / "adapter_model.safetensors"
+    )
+    for name in (
+        "commit",
+        "dirty",
+        "versions",
+        "device",
+        "threads",
+        "seconds",
+        "peak_memory_gb",
+        "tokens_per_second",
+        "padded_tokens_per_second",
+    ):
+        assert name in about
+    first = weights(run)
+    assert all(w.dtype == torch.float32 for w in first.values())
+    torch.rand(7)  # whatever else drew random numbers must not matter
+    again = weights(train.finetune(profile, "neft_a15", 0, paths, silent))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_arms_of_a_seed_differ_by_the_noise_alone(profile, paths):
+    """α = 0 through the noise equals no noise; α > 0 starts from the same adapters and rows."""
+    quiet = train.finetune(profile, "baseline", 0, paths, silent)
+    noisy = train.finetune(profile, "neft_a15", 0, paths, silent)
+    a, b = (pd.read_csv(run / "train_log.csv") for run in (quiet, noisy))
+    assert a.validation_nll[0] == b.validation_nll[0]  # same weights before training
+    assert a.learning_rate.equals(b.learning_rate) and a.tokens.equals(b.tokens)
+    assert not a.train_loss.equals(b.train_loss)
+    assert json.loads((quiet / "noise.json").read_text())["tokens"] == 0
+
+
+def recording_trainer(profile, prepared, callbacks, dropout=0.0):
+    import dataclasses
+
+    recipe = dataclasses.replace(profile.train, lora_dropout=dropout, epochs=1)
+    tokenizer = m.load_tokenizer(profile.model)
+    encoded = [m.encode(tokenizer, row) for row in data.load_split(prepared, "train-s0")]
+    model = train.lora_model(m.load_base(profile.model), recipe, 0)
+    return train.build_trainer(model, tokenizer, encoded, recipe, 0, callbacks, prepared / "t")
+
+
+def test_data_order_and_dropout_masks_are_those_of_the_run_without_noise(profile, prepared):
+    def batches_and_masks(noise_alpha):
+        seen, masks = [], []
+        callback = train.NEFTuneCallback(noise_alpha)
+        trainer = recording_trainer(profile, prepared, [callback], dropout=0.5)
+        trainer.model.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["input_ids"].clone()), with_kwargs=True
+        )
+        layer = next(x for x in trainer.model.modules() if isinstance(x, torch.nn.Dropout))
+        layer.register_forward_hook(
+            lambda module, args, out: masks.append((args[0] != 0, out == 0))
+        )
+        trainer.train()
+        return seen, masks
+
+    quiet, noisy = batches_and_masks(0.0), batches_and_masks(15.0)
+    assert len(quiet[0]) == len(noisy[0]) > 0
+    assert all(torch.equal(x, y) for x, y in zip(quiet[0], noisy[0], strict=True))
+    for (live, dropped), (live_too, dropped_too) in zip(quiet[1], noisy[1], strict=True):
+        both = live & live_too  # where the input is 0 anyway, a mask does not show
+        assert both.float().mean() > 0.9 and 0.4 < dropped[both].float().mean() < 0.6
+        assert torch.equal(dropped[both], dropped_too[both])
+
+
+class Stop(TrainerCallback):
+    def __init__(self, error):
+        self.error = error
+
+    def on_step_end(self, args, state, control, **kwargs):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of something"), KeyboardInterrupt()])
+def test_noise_is_gone_after_an_exception_in_training(profile, prepared, error):
+    callback = train.NEFTuneCallback(15.0)
+    trainer = recording_trainer(profile, prepared, [callback, Stop(error)])
+    with pytest.raises(type(error)):
+        trainer.train()
+    assert callback.report()["calls"] > 0 and not callback.noise.attached
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(profile, prepared):
+    import dataclasses
+
+    wild = dataclasses.replace(profile.train, learning_rate=1e30, max_grad_norm=1e30)
+    tokenizer = m.load_tokenizer(profile.model)
+    encoded = [m.encode(tokenizer, row) for row in data.load_split(prepared, "train-s0")]
+    model = train.lora_model(m.load_base(profile.model), wild, 0)
+    log = train._Log(model, lambda step: 0, encoded[:2], 512, silent)
+    trainer = train.build_trainer(model, tokenizer, encoded, wild, 0, [log], prepared / "t")
+    with pytest.raises(FloatingPointError, match="lower train.learning_rate or noise_alpha"):
+        trainer.train()
+
+
+def test_unknown_arm_and_missing_data_are_said_before_any_work(profile, tmp_path):
+    nowhere = Places(profile.name, str(tmp_path))
+    object.__setattr__(nowhere, "folder", tmp_path / "nothing")
+    with pytest.raises(config.ConfigError, match="no arm 'neft'"):
+        train.finetune(profile, "neft", 0, nowhere, silent)
+    with pytest.raises(data.DataError, match="run notebook 01 first"):
+        train.finetune(profile, "baseline", 0, nowhere, silent)
+
+
+def test_evaluation_from_files_alone(profile, paths):
+    """Every run's files have their columns, and the tables follow from them."""
+    for arm, seed in profile.runs():
+        train.finetune(profile, arm, seed, paths, silent)
+    for arm, seed in [("base", 0), *profile.runs()]:
+        tasks.evaluate(profile, arm, seed, paths, silent)
+    run = paths.run("neft_a15", 0)
+    losses = pd.read_csv(run / "losses.csv")
+    assert list(losses.columns) == tasks.LOSS_COLUMNS and (losses.nll > 0).all()
+    rows = data.read_jsonl(run / "generations.jsonl")
+    assert all(list(row) == tasks.GENERATION_COLUMNS for row in rows)
+    assert {row["decoding"] for row in rows} == {"greedy_penalty_1.2", "greedy"}
+    prompts = {row["prompt"] for row in data.load_split(paths.processed, "test")}
+    assert not prompts & {row["text"] for row in rows}
+    assert list(pd.read_csv(run / "task_items.csv").columns) == tasks.ITEM_COLUMNS
+
+    runs = results.load_runs(paths.results / "runs")
+    tables = results.write_tables(profile, runs, paths)
+    expected = pd.concat(
+        runs["neft_a15", s]["losses"].query("split == 'test'").set_index("example_id").nll
+        - runs["baseline", s]["losses"].query("split == 'test'").set_index("example_id").nll
+        for s in (0, 1)
+    ).mean()
+    ledger = {row["id"]: row for row in json.loads((paths.results / "claims.json").read_text())}
+    assert ledger["confirmatory"]["estimate"] == pytest.approx(expected, abs=1e-12)
+    assert {"confirmatory", "less_overfitting", "longer_answers", "training_cost"} <= set(ledger)
+    fields = "id claim contrast metric unit estimate ci_low ci_high detectable verdict paper note"
+    assert all(list(row) == fields.split() for row in ledger.values())
+    main = pd.read_csv(paths.tables / "main.csv")
+    assert main.arm.tolist() == ["base", "baseline", "neft_a15"]
+    assert main.n_seeds.tolist() == [1, 2, 2]
+    by_hand = [runs["baseline", s]["losses"].query("split == 'test'").nll.mean() for s in (0, 1)]
+    assert main.set_index("arm").test_nll["baseline"] == pytest.approx(sum(by_hand) / 2)
+    assert math.isnan(main.set_index("arm").test_nll_ci_low["base"])
+    assert tables["contrasts"].set_index("metric").loc["test_nll", "n_seeds"] == 2
+
+
+def test_throughput_counts_what_the_docstring_says(profile):
+    import types
+
+    recipe = profile.train
+    model = train.lora_model(m.load_base(profile.model), recipe, 0)
+    mask = [0] * 10 + [1] * 10
+    encoded = [{"input_ids": [5] * 20, "completion_mask": mask}] * 4
+    one = train.throughput(model, recipe, encoded, seconds=1.0)
+    assert one["tokens_per_second"] == 80 * recipe.epochs == one["padded_tokens_per_second"]
+    count = types.SimpleNamespace(**m.parameter_counts(model))
+    body = count.frozen - count.head  # nano ties its head to the embedding
+    flops = recipe.epochs * (80 * (4 * body + 6 * count.trainable) + 40 * 4 * count.head)
+    assert one["model_gflops_per_second"] == pytest.approx(flops / 1e9, abs=0.01)
