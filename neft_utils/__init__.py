@@ -5,6 +5,8 @@ The names below are meant for reuse; each is imported when it is first asked for
 """
 
 import importlib
+import logging
+import warnings
 
 _HOME = {
     "noise_scale": "noise",
@@ -21,6 +23,10 @@ _HOME = {
     "verdict": "stats",
 }
 __all__ = list(_HOME)
+
+# Two messages that no reader can use: progress bars are off, and so is a kernel hub.
+warnings.filterwarnings("ignore", message="IProgress not found")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def __getattr__(name):

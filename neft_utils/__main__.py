@@ -379,10 +379,23 @@ def promote(arguments):
     shutil.rmtree(target, ignore_errors=True)
     keep_out = shutil.ignore_patterns("adapter", "trainer", "*.log", ".*", "*.failed.ipynb")
     shutil.copytree(paths.results, target, ignore=keep_out)
+    _update_readme(profile.name, target)
     print(
         f"promoted {len(profile.runs()) + 1} runs of {commits.pop()[:12]} to"
         f" {os.path.relpath(target, ROOT)}: commit it"
     )
+
+
+def _update_readme(name, folder):
+    """Write the README's block of a profile from its promoted files, if it has one."""
+    from neft_utils.results import readme_block
+
+    readme = ROOT / "README.md"
+    text = readme.read_text("utf-8")
+    block = re.compile(rf"(<!-- results:{name} -->\n).*?(<!-- /results -->)", re.S)
+    new = block.sub(lambda match: match[1] + readme_block(folder) + match[2], text)
+    if new != text:
+        provenance.atomic_write_text(readme, new)
 
 
 def compare(arguments):

@@ -84,7 +84,7 @@ class Train:
 
 @dataclass(frozen=True)
 class Evaluate:
-    batch_tokens: int = _at_least(16, 2048)  # tokens per forward when scoring
+    batch_tokens: int = _at_least(16, 1024)  # tokens per forward when scoring
     answer_seeds: tuple[int, ...] = (0,)  # runs of these seeds answer the test prompts
     answer_prompts: int = _at_least(1, 32)
     answer_prompts_without_penalty: int = _at_least(0, 0)  # sensitivity row
@@ -138,7 +138,7 @@ class Profile:
     confirmatory: Confirmatory
     evaluate: Evaluate = Evaluate()
     device: str = _one_of("cpu", "cuda", default="cpu")
-    memory_gb: float = _at_least(0.1, 5.0)  # of one run; limits how many run side by side
+    memory_gb: float = _at_least(0.1, 6.0)  # of one run; limits how many run side by side
     speed: Speed = Speed()
 
     def seeds_of(self, arm):

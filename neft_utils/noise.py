@@ -301,9 +301,8 @@ class EmbeddingNoise:
                 "torch.nn.DataParallel runs the model in threads, which would share one stream of"
                 " noise: use one device (CUDA_VISIBLE_DEVICES) or torchrun"
             )
-        depth = next((i for i, (m, _) in enumerate(self._frames) if m is module), None)
-        if depth is not None:  # an earlier forward was cut without running its exit hook
-            del self._frames[depth:]
+        if any(entered is module for entered, _ in self._frames):
+            self._frames.clear()  # a KeyboardInterrupt cut the last forward without its exit hook
         if not self._frames:
             self._calls_in_forward = 0
             if not self._step_is_set:
@@ -327,7 +326,9 @@ class EmbeddingNoise:
         calls, self._calls_in_forward = self._calls_in_forward, 0
         if calls and not self._step_is_set:
             self._step += 1
-        if calls or output is None or not (self._embedding.training and torch.is_grad_enabled()):
+        if calls or output is None or not self.attached:
+            return
+        if not (self._embedding.training and torch.is_grad_enabled()):
             return
         raise RuntimeError(
             "inputs_embeds was given, so no embedding was looked up and no noise added: pass"
@@ -380,7 +381,8 @@ class EmbeddingNoise:
         if self.length == "sequence":
             length = own
         elif self.length == "packed":
-            length = real.view(batch, width).sum(1).clamp(min=1).repeat_interleave(width)
+            length = real.view(batch, width).sum(1, keepdim=True).clamp(min=1)
+            length = length.expand(batch, width).reshape(-1)
         else:
             length = torch.full_like(own, width)
             if batch == 1 and self.generator is None:  # several sequences: a padding-free row
@@ -516,6 +518,7 @@ class NEFTuneCallback(TrainerCallback):
     def __init__(self, noise_alpha=5.0, *, seed=None, **options):
         self._arguments = {"noise_alpha": noise_alpha, **options}
         self._seed = seed
+        self._calls_before = 0
         self.noise = EmbeddingNoise(seed=0 if seed is None else seed, **self._arguments)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -568,7 +571,8 @@ def suggest_noise_alpha(model, lengths, share=0.25):
     if not (share > 0 and math.isfinite(share)):
         raise ValueError(f"share must be finite and > 0, not {share!r}")
     embedding = model.get_input_embeddings()
-    ids = torch.arange(embedding.weight.size(0), device=embedding.weight.device)
+    rows = getattr(embedding, "num_embeddings", None) or embedding.weight.size(0)
+    ids = torch.arange(rows, device=embedding.weight.device)
     with torch.no_grad():
         norms = [embedding(part[None]).float().norm(dim=-1)[0] for part in ids.split(4096)]
     return share * float(torch.cat(norms).mean()) * math.sqrt(3 * float(lengths.quantile(0.5)))

@@ -36,12 +36,18 @@ STYLE = {
 
 
 def save(figure, folder, name, alt):
-    """Save as <folder>/<name>.png and .svg with the alt text inside; returns the PNG's path."""
+    """Save as <folder>/<name>.png and .svg, alt text inside, and close it.
+
+    Returns the PNG as an IPython image: at the end of a cell it shows what was saved.
+    """
+    from IPython.display import Image
+
     folder.mkdir(parents=True, exist_ok=True)
     # No dates: the same numbers shall give the same bytes.
     figure.savefig(folder / f"{name}.png", metadata={"Description": alt, "Software": None})
     figure.savefig(folder / f"{name}.svg", metadata={"Description": alt, "Date": None})
-    return folder / f"{name}.png"
+    plt.close(figure)
+    return Image(filename=str(folder / f"{name}.png"), width=640, alt=alt)
 
 
 def colour_of(arm, arms, control):

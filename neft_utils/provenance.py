@@ -26,7 +26,7 @@ class ProvenanceError(ValueError):
 
 
 def atomic_write_text(path, text):
-    """Write a whole UTF-8 file or nothing: temporary file, fsync, rename. Returns the path."""
+    """Write a whole UTF-8 file or nothing: temporary file, fsync, rename."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -40,23 +40,22 @@ def atomic_write_text(path, text):
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    return path
 
 
 def write_json(path, value):
     """Write indented JSON atomically; NaN and infinity are refused, they are not JSON."""
-    return atomic_write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+    atomic_write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def write_jsonl(path, rows):
     """Write one JSON object a line, atomically."""
     lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
-    return atomic_write_text(path, "".join(line + "\n" for line in lines))
+    atomic_write_text(path, "".join(line + "\n" for line in lines))
 
 
 def write_csv(path, frame):
     """Write a pandas frame as CSV, atomically, with 17 significant digits (exact floats)."""
-    return atomic_write_text(path, frame.to_csv(index=False, lineterminator="\n"))
+    atomic_write_text(path, frame.to_csv(index=False, lineterminator="\n"))
 
 
 def sha256_file(path):

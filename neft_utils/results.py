@@ -274,21 +274,22 @@ def digits_of(metric):
 
 
 def main_markdown(main):
-    """The main table for people: mean [95 % interval over seeds], one row per arm."""
-    names = [n for n in METRICS if main[n].notna().any()]
-    lines = [
-        "| arm | seeds | " + " | ".join(f"{n} ({METRICS[n][0]})" for n in names) + " |",
-        "|---|---|" + "---|" * len(names),
-    ]
-    for row in main.to_dict("records"):
-        cells = []
-        for n in names:
-            digits = digits_of(n)
-            low, high = row[f"{n}_ci_low"], row[f"{n}_ci_high"]
-            span = f" [{low:.{digits}f}, {high:.{digits}f}]" if math.isfinite(low) else ""
-            cells.append(show(row[n], digits) + span)
-        lines.append(f"| {row['arm']} | {row['n_seeds']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    """The main table for people, arms as columns: mean [95 % interval over seeds]."""
+    arms = main.set_index("arm").to_dict("index")
+    heads = [f"{arm} ({row['n_seeds']})" for arm, row in arms.items()]
+    lines = ["| metric, unit | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for name, (unit, _) in METRICS.items():
+        if main[name].notna().any():
+            cells = [_with_interval(row, name) for row in arms.values()]
+            lines.append(f"| `{name}`, {unit} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", "In brackets behind an arm: its number of seeds."]) + "\n"
+
+
+def _with_interval(row, name):
+    digits = digits_of(name)
+    low, high = row[f"{name}_ci_low"], row[f"{name}_ci_high"]
+    span = f" [{low:.{digits}f}, {high:.{digits}f}]" if math.isfinite(low) else ""
+    return show(row[name], digits) + span
 
 
 def claims_markdown(rows):
@@ -300,6 +301,26 @@ def claims_markdown(rows):
         number = f"{row['metric']} {show(row['estimate'], digits)} {span} {row['unit']}"
         lines.append(f"| {row['claim']} | {number} | {row['verdict']} | {row['paper']} |")
     return "\n".join(lines) + "\n"
+
+
+def readme_block(folder):
+    """The README's results section of a promoted profile's folder, all of it from its files."""
+    runs = load_runs(folder / "runs").values()
+    about = [run["provenance"] for run in runs]
+    minutes = sum(one["seconds"] for one in about) / 60
+    minutes += sum(r["scores"]["provenance"]["seconds"] for r in runs if r["log"] is not None) / 60
+    ledger = json.loads((folder / "claims.json").read_text("utf-8"))
+    first = ledger[0]
+    figure = f"results/reference/{folder.name}/figures/05_confirmatory.png"
+    return f"""\
+![{first["contrast"]}, test NLL per seed, mean and interval: {first["verdict"]}]({figure})
+
+Profile `{folder.name}`, {len(about)} runs at commit `{about[0]["commit"][:12]}`,
+{about[0]["device"]}:
+{minutes:.0f} minutes of one core, {max(one["peak_memory_gb"] for one in about):.1f} GB a run.
+
+{(folder / "tables" / "main.md").read_text("utf-8")}
+{(folder / "tables" / "claims.md").read_text("utf-8")}"""
 
 
 def write_tables(profile, runs, paths):
