@@ -266,11 +266,14 @@ def _plain(value):
 
 def show(number, digits=4):
     """A number for a table: `digits` after the point, thin dash where there is none."""
-    return "–" if number is None or not math.isfinite(number) else f"{number:.{digits}f}"
+    if number is None or not math.isfinite(number):
+        return "–"
+    text = f"{number:.{digits}f}"
+    return text.removeprefix("-") if float(text) == 0 else text  # no "-0"
 
 
 def digits_of(metric):
-    return {"nats/token": 4, "tokens": 0, "s": 0, "%": 1}.get(METRICS[metric][0], 2)
+    return {"nats/token": 4, "tokens": 1, "s": 1, "%": 1}.get(METRICS[metric][0], 2)
 
 
 def main_markdown(main):
@@ -288,7 +291,7 @@ def main_markdown(main):
 def _with_interval(row, name):
     digits = digits_of(name)
     low, high = row[f"{name}_ci_low"], row[f"{name}_ci_high"]
-    span = f" [{low:.{digits}f}, {high:.{digits}f}]" if math.isfinite(low) else ""
+    span = f" [{show(low, digits)}, {show(high, digits)}]" if math.isfinite(low) else ""
     return show(row[name], digits) + span
 
 

@@ -103,7 +103,8 @@ class _Log(TrainerCallback):
             "seconds": round(seconds, 2),
         }
         self.rows.append(row)
-        self.say(f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.3f}")
+        if state.global_step % math.ceil(state.max_steps / 8) == 0:
+            self.say(f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.3f}")
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self.rows[-1]["validation_nll"] = self.validate()
@@ -195,7 +196,9 @@ def finetune(profile, arm, seed, paths, say=print):
     trainer = build_trainer(
         model, tokenizer, encoded, recipe, seed, [callback, log], run / "trainer"
     )
-    trainer.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of TRL at transformers, not ours
+        trainer.train()
     seconds = time.perf_counter() - log.started - log.scoring
     provenance.write_json(
         run / "config.json",

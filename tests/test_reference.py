@@ -1,0 +1,142 @@
+"""What is promoted is complete, hangs together, and is what the README shows."""
+
+import json
+import math
+import re
+
+import nbformat
+import pandas as pd
+import pytest
+
+from neft_utils import results, stats
+from neft_utils.config import BASE, Paths, load_profile
+from neft_utils.provenance import ROOT
+
+STORED = sorted((ROOT / "results" / "reference").glob("*/claims.json"))
+
+
+@pytest.fixture(params=STORED, ids=lambda path: path.parent.name)
+def stored(request):
+    folder = request.param.parent
+    return load_profile(folder.name), folder
+
+
+def test_the_default_profile_is_promoted():
+    assert "cpu" in {path.parent.name for path in STORED}
+
+
+def test_every_run_is_there_from_one_clean_commit(stored):
+    profile, folder = stored
+    runs = results.load_runs(folder / "runs")
+    assert set(runs) == {(BASE, 0), *profile.runs()}
+    commits = {run["provenance"]["commit"] for run in runs.values()}
+    assert len(commits) == 1 and re.fullmatch(r"[0-9a-f]{40}", commits.pop())
+    assert not any(run["provenance"]["dirty"] for run in runs.values())
+
+
+def test_every_run_scored_the_same_test_rows(stored):
+    _, folder = stored
+    tests = [
+        set(run["losses"].query("split == 'test'").example_id)
+        for run in results.load_runs(folder / "runs").values()
+    ]
+    assert tests[0] and all(ids == tests[0] for ids in tests)
+
+
+def test_tables_follow_from_per_item_files(stored):
+    profile, folder = stored
+    main = pd.read_csv(folder / "tables" / "main.csv").set_index("arm")
+    for arm in profile.arms:
+        files = [folder / "runs" / f"{arm}-s{s}" / "losses.csv" for s in profile.seeds_of(arm)]
+        frames = [pd.read_csv(file).groupby("split").nll.mean() for file in files]
+        for split in ("train", "test", "ood"):
+            mean = sum(frame[split] for frame in frames) / len(frames)
+            assert main.loc[arm, f"{split}_nll"] == pytest.approx(mean, abs=1e-12)
+
+
+def test_the_confirmatory_claim_follows_from_per_item_files(stored):
+    profile, folder = stored
+    ledger = {row["id"]: row for row in json.loads((folder / "claims.json").read_text("utf-8"))}
+    pair = profile.confirmatory
+    frames = []
+    for seed in profile.seeds_of(pair.treatment):
+        sides = [
+            pd.read_csv(folder / "runs" / f"{arm}-s{seed}" / "losses.csv")
+            .query("split == 'test'")
+            .set_index("example_id")
+            .nll
+            for arm in (pair.treatment, pair.control)
+        ]
+        frames.append((sides[0] - sides[1]).rename("delta").reset_index().assign(seed=seed))
+    interval = stats.confirmatory_interval(pd.concat(frames))
+    claim = ledger["confirmatory"]
+    assert claim["estimate"] == pytest.approx(interval.estimate, abs=1e-12)
+    assert claim["ci_low"] == pytest.approx(interval.ci_low, abs=1e-12)
+    assert claim["verdict"] == stats.verdict(interval, unit="nats/token")
+
+
+def test_noise_was_what_the_profile_says(stored):
+    profile, folder = stored
+    for arm, seed in profile.runs():
+        noise = json.loads((folder / "runs" / f"{arm}-s{seed}" / "noise.json").read_text("utf-8"))
+        alpha = profile.arms[arm].noise_alpha
+        assert noise["noise_alpha"] == alpha and noise["calls"] > 0
+        if alpha:
+            assert noise["noise_rms"] == pytest.approx(noise["expected_rms"], rel=0.01)
+
+
+def test_executed_copies_ran_in_order(stored):
+    _, folder = stored
+    copies = sorted((folder / "notebooks").glob("*.ipynb"))
+    assert len(copies) >= 8
+    for path in copies:
+        code = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+        assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+        assert not any(o.output_type == "error" for cell in code for o in cell.outputs)
+
+
+def test_no_prompt_weight_or_machine_path_is_promoted(stored):
+    _, folder = stored
+    for path in folder.rglob("*"):
+        assert path.suffix not in (".safetensors", ".gguf", ".whl", ".pt")
+        if path.suffix in (".json", ".csv", ".jsonl", ".md", ".ipynb"):
+            assert str(ROOT) not in path.read_text("utf-8")
+
+
+def test_the_readme_shows_the_promoted_numbers(stored):
+    _, folder = stored
+    text = (ROOT / "README.md").read_text("utf-8")
+    block = re.search(rf"<!-- results:{folder.name} -->\n(.*?)<!-- /results -->", text, re.S)
+    if block is None:
+        pytest.skip(f"the README shows no block of {folder.name}")
+    assert block[1] == results.readme_block(folder)
+
+
+def test_figures_exist_as_png_and_svg(stored):
+    _, folder = stored
+    names = {path.name for path in (folder / "figures").iterdir()}
+    for stem in (
+        "02_noise_energy",
+        "02_effective_alpha",
+        "05_learning_curves",
+        "05_confirmatory",
+        "05_answer_length",
+        "06_leaderboard",
+    ):
+        assert {f"{stem}.png", f"{stem}.svg"} <= names
+
+
+def test_the_answers_of_the_promoted_runs_are_counted_as_they_say(stored):
+    profile, folder = stored
+    paths = Paths(profile.name, "results/reference")
+    table = pd.read_csv(folder / "tables" / "by_seed.csv")
+    for arm, seed in profile.runs():
+        if not profile.answers(arm, seed):
+            continue
+        file = paths.run(arm, seed) / "generations.jsonl"
+        rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+        rows = [row for row in rows if row["decoding"] == "greedy_penalty_1.2"]
+        assert len(rows) == profile.evaluate.answer_prompts
+        mean = sum(row["n_tokens"] for row in rows) / len(rows)
+        shown = table[(table.arm == arm) & (table.seed == seed)].answer_tokens.item()
+        assert math.isclose(shown, mean)
