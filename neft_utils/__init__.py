@@ -13,6 +13,7 @@ _HOME = {
     "noisy_embeddings": "noise",
     "NEFTuneCallback": "noise",
     "EmbeddingNoise": "noise",
+    "suggest_noise_alpha": "noise",
     "load_profile": "config",
     "load_base": "model",
     "load_tokenizer": "model",

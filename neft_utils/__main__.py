@@ -5,9 +5,9 @@ terminal how far it is. Every failure that a user can cause ends in one line and
 """
 
 import argparse
-import contextlib
 import fcntl
 import json
+import logging
 import os
 import re
 import shutil
@@ -158,6 +158,9 @@ def execute(profile, reference, paths, step, arm=None, seed=None):
     """Run one notebook in a fresh kernel; its executed copy appears only when it is whole."""
     import papermill
 
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # else a line per cell
+    # tqdm asks for widgets that no executed copy can show, with this machine's path.
+    os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
     source, target = NOTEBOOKS / f"{STEPS[step]}.ipynb", paths.notebook(step, arm, seed)
     parameters = {"PROFILE": reference, "ARM": arm, "SEED": seed, "OUT": paths.out}
     parameters = {name: value for name, value in parameters.items() if value is not None}
@@ -169,19 +172,20 @@ def execute(profile, reference, paths, step, arm=None, seed=None):
     if arm is not None:
         profile.check_run(arm, seed)
     target.parent.mkdir(parents=True, exist_ok=True)
+    for stale in target.parent.glob(f".{target.stem}.*.ipynb"):  # of a killed run
+        stale.unlink()
     partial = target.with_name(f".{target.stem}.{os.getpid()}.ipynb")
     label = target.stem
     try:
-        with _quiet_stderr():
-            papermill.execute_notebook(
-                str(source),
-                str(partial),
-                parameters,
-                cwd=str(NOTEBOOKS),
-                kernel_name="python3",
-                progress_bar=False,
-                log_output=False,
-            )
+        papermill.execute_notebook(
+            str(source),
+            str(partial),
+            parameters,
+            cwd=str(NOTEBOOKS),
+            kernel_name="python3",
+            progress_bar=False,
+            log_output=False,
+        )
         text = json.loads(partial.read_text("utf-8"))
         # papermill notes this machine's paths: results shall not carry them.
         text["metadata"]["papermill"] = {
@@ -205,15 +209,6 @@ def execute(profile, reference, paths, step, arm=None, seed=None):
         ) from None
     finally:
         partial.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _quiet_stderr():
-    """papermill logs each cell through logging; keep only errors."""
-    import logging
-
-    logging.getLogger("papermill").setLevel(logging.ERROR)
-    yield
 
 
 # ------------------------------------------------------------------------------- all of them

@@ -122,6 +122,34 @@ def effective_alpha(lengths, widths, noise_alpha):
 
 
 @styled
+def library_rules(table, noise_alpha):
+    """Median and p10-p90 of effective α by rule; table: one row a rule, columns p10, p50, p90."""
+    figure, axis = plt.subplots()
+    places = np.arange(len(table))[::-1]
+    low, middle, high = np.maximum(table.to_numpy().T, 0.01)  # a log axis has no zero
+    axis.axvline(noise_alpha, color=BASELINE, linewidth=1)
+    axis.hlines(places, low, high, color=COLOURS[0], linewidth=3)
+    axis.plot(middle, places, "o", color="black")
+    for place, value in zip(places, table.iloc[:, 1], strict=True):
+        axis.annotate(
+            f"{value:.3g}",
+            (max(value, 0.01), place),
+            (0, 6),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+        )
+    axis.set_yticks(places, table.index)
+    axis.set(
+        xscale="log",
+        xlabel=f"effective α for α = {noise_alpha:g}, median and p10 to p90",
+        ylim=(-0.6, len(table) - 0.3),
+        title="One α, seven strengths of noise",
+    )
+    return figure
+
+
+@styled
 def learning_curves(runs, arms, control, title):
     """Clean validation NLL after each epoch, one line per run, one colour per arm."""
     figure, axis = plt.subplots()
