@@ -7,19 +7,16 @@ terminal how far it is. Every failure that a user can cause ends in one line and
 import argparse
 import fcntl
 import json
-import logging
 import os
 import re
 import shutil
-import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 from neft_utils import provenance
 from neft_utils.config import BASE, NOTEBOOKS, STEPS, ConfigError, Paths, load_profile, step_key
 from neft_utils.provenance import ROOT
+from neft_utils.workflow import estimate, execute, one_line, run_all, workers
 
 REFERENCE = "results/reference"
 FIGURE_STEPS = (0, 2, 6, 5)
@@ -35,15 +32,6 @@ def main(argv=None):
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
-
-
-def one_line(error):
-    """A message without line breaks; OSErrors named by what to do about them."""
-    if isinstance(error, OSError) and error.errno is not None:
-        hint = {28: "free some space", 13: "make it writable", 30: "make it writable"}
-        remedy = hint.get(error.errno, "check the path")
-        return f"{error.strerror}: {error.filename or 'the results folder'} ({remedy})"
-    return " ".join(str(error).split())
 
 
 def _parser():
@@ -91,39 +79,6 @@ def _profile(arguments):
 # ---------------------------------------------------------------------------------- plan
 
 
-def estimate(profile, paths):
-    """[(phase, steps, tokens, seconds of one worker)] from sizes and the profile's speeds."""
-    manifest = paths.processed / "manifest.json"
-    total = response = 0.6 * profile.data.max_tokens
-    if manifest.exists():
-        lengths = json.loads(manifest.read_text("utf-8"))["lengths"]
-        total, response = (lengths["test"][name]["p50"] for name in ("total", "response"))
-    speed, runs = profile.speed, profile.runs()
-    models = [(BASE, 0), *runs]
-    start = speed.notebook_start
-    train = len(runs) * profile.data.train_rows * profile.train.epochs * total
-    rows = profile.data.train_rows + profile.data.validation_rows + profile.data.test_rows
-    checks = len(runs) * (profile.train.epochs + 1) * profile.data.validation_rows * total
-    scored = len(models) * (rows * total + profile.data.ood_rows * 300) + checks
-    answering = sum(profile.answers(*model) for model in models)
-    prompts = profile.evaluate.answer_prompts + profile.evaluate.answer_prompts_without_penalty
-    answers = answering * prompts * min(1.5 * response, profile.evaluate.max_new_tokens)
-    return [
-        ("prepare, explain, compare", 6, 0, 6 * start + 60),
-        ("fine-tune", len(runs), train, len(runs) * start + train / speed.train),
-        ("score losses", len(models), scored, len(models) * start + scored / speed.forward),
-        ("answer prompts", answering, answers, answers / speed.answers),
-    ]
-
-
-def workers(profile, cores=None):
-    """How many runs go side by side: one a core, as memory allows; one on a GPU."""
-    if profile.device == "cuda":
-        return 1
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    return max(1, min(cores or os.cpu_count(), int(memory // profile.memory_gb)))
-
-
 def plan(arguments):
     profile, _, paths = _profile(arguments)
     side_by_side = workers(profile)
@@ -154,63 +109,6 @@ def notebook(arguments):
     execute(profile, reference, paths, arguments.step, arguments.arm, arguments.seed)
 
 
-def execute(profile, reference, paths, step, arm=None, seed=None):
-    """Run one notebook in a fresh kernel; its executed copy appears only when it is whole."""
-    import papermill
-
-    logging.getLogger("papermill").setLevel(logging.ERROR)  # else a line per cell
-    # tqdm asks for widgets that no executed copy can show, with this machine's path.
-    os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
-    source, target = NOTEBOOKS / f"{STEPS[step]}.ipynb", paths.notebook(step, arm, seed)
-    parameters = {"PROFILE": reference, "ARM": arm, "SEED": seed, "OUT": paths.out}
-    parameters = {name: value for name, value in parameters.items() if value is not None}
-    known = papermill.inspect_notebook(str(source))
-    if unknown := sorted(set(parameters) - set(known)):
-        raise ConfigError(
-            f"{source.name} has no parameter {', '.join(unknown)}: it has {', '.join(known)}"
-        )
-    if arm is not None:
-        profile.check_run(arm, seed)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for stale in target.parent.glob(f".{target.stem}.*.ipynb"):  # of a killed run
-        stale.unlink()
-    partial = target.with_name(f".{target.stem}.{os.getpid()}.ipynb")
-    label = target.stem
-    try:
-        papermill.execute_notebook(
-            str(source),
-            str(partial),
-            parameters,
-            cwd=str(NOTEBOOKS),
-            kernel_name="python3",
-            progress_bar=False,
-            log_output=False,
-        )
-        text = json.loads(partial.read_text("utf-8"))
-        # papermill notes this machine's paths: results shall not carry them.
-        text["metadata"]["papermill"] = {
-            key: text["metadata"]["papermill"][key]
-            for key in ("duration", "end_time", "parameters")
-        }
-        provenance.atomic_write_text(target, json.dumps(text, indent=1, ensure_ascii=False) + "\n")
-    except papermill.PapermillExecutionError as error:
-        failed = target.with_name(f"{target.stem}.failed.ipynb")
-        partial.replace(failed)
-        reason = one_line(ValueError(error.evalue))
-        place = os.path.relpath(failed, ROOT)
-        raise RuntimeError(
-            f"{label}: {error.ename}: {reason} (cell {error.cell_index}, {place})"
-        ) from None
-    except (RuntimeError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise RuntimeError(
-            f"{label}: the kernel died ({one_line(error)}): too little memory?"
-        ) from None
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 # ------------------------------------------------------------------------------- all of them
 
 
@@ -229,7 +127,7 @@ def reproduce(arguments):
             raise ConfigError(
                 "another make reproduce is running in this folder: wait for it"
             ) from None
-        code = _snakemake(profile, reference, paths, count, lock.fileno())
+        code = run_all(profile, reference, paths, count, lock.fileno())
     if code:
         return code
     print((paths.tables / "main.md").read_text("utf-8"))
@@ -237,100 +135,6 @@ def reproduce(arguments):
     place = os.path.relpath(paths.results, ROOT)
     print(f"results in {place}: tables/, figures/, notebooks/, claims.json")
     return 0
-
-
-def _snakemake(profile, reference, paths, count, lock):
-    environment = dict(os.environ, PYTHONHASHSEED="0", TOKENIZERS_PARALLELISM="false")
-    if profile.device == "cpu":  # two threads of one run fight as soon as anything else runs
-        environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "snakemake",
-        "--snakefile",
-        str(NOTEBOOKS.parent / "Snakefile"),
-        "--directory",
-        str(ROOT),
-        "--cores",
-        str(count),
-        "--nolock",
-        "--rerun-incomplete",
-        "--rerun-triggers",
-        "mtime",
-        "params",
-        "input",
-        "--config",
-        f"profile={reference}",
-        f"out={paths.out}",
-    ]
-    log = paths.results / "snakemake.log"
-    started = time.monotonic()
-    process = subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-        stderr=subprocess.STDOUT,
-        pass_fds=(lock,),
-    )
-    total = sum(row[3] for row in estimate(profile, paths)) / count
-    state = {"done": 0, "steps": None, "running": {}, "nothing": False}
-    stop = threading.Event()
-    heartbeat = threading.Thread(target=_heartbeat, args=(state, started, total, stop), daemon=True)
-    heartbeat.start()
-    try:
-        with open(log, "w", encoding="utf-8") as file:
-            for line in process.stdout:
-                file.write(line)
-                file.flush()
-                _follow(line.rstrip(), state, started, total)
-        code = process.wait()
-    except BaseException:
-        process.terminate()  # Snakemake stops its jobs and keeps what is finished
-        process.wait()
-        raise
-    finally:
-        stop.set()
-    if code:
-        print(
-            f"stopped at a step that failed; the whole log is {os.path.relpath(log, ROOT)}",
-            file=sys.stderr,
-        )
-    elif state["nothing"]:
-        print("nothing to do: every step is done and nothing it depends on has changed")
-    return code
-
-
-def _follow(line, state, started, total):
-    """Turn Snakemake's log into one line per finished step."""
-    if "Nothing to be done" in line:
-        state["nothing"] = True
-    elif (
-        line.startswith("error:")
-        or "Error in rule" in line
-        or line.startswith(("WorkflowError", "MissingInput"))
-    ):
-        print(line, file=sys.stderr, flush=True)
-    elif match := re.search(r"^Finished jobid: (\d+) \(Rule: (\w+)\)", line):
-        state["last"] = match.group(2)
-    elif match := re.search(r"^(\d+) of (\d+) steps \(", line):
-        state["done"], state["steps"] = map(int, match.groups())
-        print(_status(state, started, total) + f" · finished {state.get('last')}", flush=True)
-
-
-def _status(state, started, total):
-    elapsed = time.monotonic() - started
-    done, steps = state["done"], state["steps"]
-    share = done / steps if steps else 0
-    # Planned time at first, measured pace as steps complete: weights share and 1 - share.
-    left = max(0.0, (1 - share) * (total * (1 - share) + (elapsed / share * share if share else 0)))
-    counted = f"{done} of {steps} steps" if steps else "starting"
-    return f"[{elapsed / 60:5.1f} min] {counted}, about {left / 60:.0f} min left"
-
-
-def _heartbeat(state, started, total, stop):
-    while not stop.wait(60):
-        print(_status(state, started, total), flush=True)
 
 
 def figures(arguments):
