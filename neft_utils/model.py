@@ -249,6 +249,9 @@ def per_document_attention(module, query, key, value, attention_mask, cu_seq_len
     """
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    dtype = query.dtype
+    if query.device.type == "cpu":  # bf16's backward kernel is slow there: float32 is 10 % faster
+        query, key, value = query.float(), key.float(), value.float()
     offsets = cu_seq_lens_q.tolist()
     options = {"is_causal": True, "scale": kwargs.get("scaling"), "enable_gqa": True}
     parts = [
@@ -257,7 +260,7 @@ def per_document_attention(module, query, key, value, attention_mask, cu_seq_len
         )
         for a, b in zip(offsets, offsets[1:], strict=False)
     ]
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous().to(dtype), None
 
 
 AttentionInterface.register(ATTENTION, per_document_attention)

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -158,6 +159,21 @@ def peak_memory_gb():
     """Largest resident memory of this process so far, in GB (10⁹ bytes)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 3)
+
+
+def matmul_gflops(repeats=10):
+    """Fastest bf16 matrix product of this process, in GFLOP/s: what utilisation is a share of."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = 8192 if device == "cuda" else 1024
+    a = torch.ones(size, size, dtype=torch.bfloat16, device=device)
+    best = math.inf
+    for _ in range(repeats):
+        started = time.perf_counter()
+        float((a @ a)[0, 0])  # reading a value waits for the device
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best / 1e9
 
 
 def describe(started=None, **extra):

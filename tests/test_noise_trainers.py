@@ -128,18 +128,12 @@ def test_gradient_accumulation_changes_nothing(tmp_path):
 
 
 def test_trainers_seed_is_the_noises_unless_one_is_given(tmp_path):
-    def rows(seed, **changes):
-        return torch.cat(
-            [
-                r[:3]
-                for r in trained(
-                    tmp_path, callback=NEFTuneCallback(5.0, seed=seed), data_seed=0, **changes
-                )[2].rows
-            ]
-        )
+    def noise(of_noise, of_trainer):
+        callback = NEFTuneCallback(5.0, seed=of_noise)
+        return trained(tmp_path, callback=callback, seed=of_trainer, data_seed=0)[2].noise
 
-    assert torch.equal(rows(None, seed=3), rows(3, seed=4))
-    assert not torch.equal(rows(None, seed=3), rows(None, seed=4))
+    assert torch.equal(noise(None, 3), noise(3, 4))
+    assert not torch.equal(noise(None, 3), noise(None, 4))
 
 
 class Interrupt(TrainerCallback):
@@ -214,7 +208,7 @@ def dropped_and_ids(folder, noise_alpha, transformers_alpha=None):
 
 def test_dropout_masks_and_data_order_are_those_of_the_run_without_noise(tmp_path):
     reference, order = dropped_and_ids(tmp_path, None)
-    assert len(reference) == 6 and 0.4 < reference[0].float().mean() < 0.6
+    assert len(reference) == 6 and 0.2 < reference[0].float().mean() < 0.5  # padding has none
     for noise_alpha in (0, 5.0):
         dropped, ids = dropped_and_ids(tmp_path, noise_alpha)
         assert all(torch.equal(a, b) for a, b in zip(order, ids, strict=True))
@@ -226,19 +220,12 @@ def test_dropout_masks_and_data_order_are_those_of_the_run_without_noise(tmp_pat
 def test_transformers_own_argument_beside_the_callback_is_an_error(tmp_path):
     with pytest.raises(RuntimeError, match="unset neftune_noise_alpha"):
         trained(tmp_path, neftune_noise_alpha=5.0)
+    model = quiet()
     with (
         pytest.raises(RuntimeError, match="unset neftune_noise_alpha"),
-        noisy_embeddings(quiet()) as noise,
+        noisy_embeddings(model),
     ):
-        model = noise._embedding  # the same embedding, reached by a trainer of its own
-        holder = tiny()
-        holder.set_input_embeddings(model)
-        Trainer(
-            model=holder,
-            args=arguments(tmp_path, neftune_noise_alpha=5.0),
-            train_dataset=ROWS,
-            data_collator=pad,
-        ).train()
+        trained(tmp_path, model, callback=TrainerCallback(), neftune_noise_alpha=5.0)
 
 
 def test_two_callbacks_on_one_model_are_an_error(tmp_path):
@@ -267,25 +254,25 @@ def test_the_callback_fails_after_an_optimiser_step_without_noise(tmp_path, from
     callback.remove()
 
 
-def test_evaluation_and_checkpoints_during_training_are_clean(tmp_path):
+def test_evaluation_during_training_is_clean(tmp_path):
     seen = []
 
     class Clean(TrainerCallback):
         def on_evaluate(self, args, state, control, metrics, **kwargs):
             seen.append(metrics["eval_loss"])
 
-    model, batch = tiny(), {"eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.0}
+    often = {"eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.0}
     trainer = Trainer(
-        model=model,
-        args=arguments(tmp_path, **batch),
+        model=tiny(),
+        args=arguments(tmp_path, **often),
         train_dataset=ROWS,
         eval_dataset=ROWS,
         data_collator=pad,
         callbacks=[NEFTuneCallback(100.0), Clean()],
     )
     trainer.train()
-    assert len(seen) == 3
-    assert seen == pytest.approx([trainer.evaluate()["eval_loss"]] * 3, abs=1e-6)
+    clean = trainer.evaluate()["eval_loss"]  # the learning rate is 0
+    assert seen == pytest.approx([clean] * 4, abs=1e-6)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -313,7 +300,7 @@ def sft(folder, tokenizer, callback, model=None, **changes):
     model, watch = quiet() if model is None else model, Watch()
     trainer = SFTTrainer(
         model=model,
-        args=arguments(folder, SFTConfig, max_length=64, bf16=False, **changes),
+        args=arguments(folder, SFTConfig, **{"max_length": None, "bf16": False} | changes),
         processing_class=tokenizer,
         train_dataset=Dataset.from_list([{"input_ids": row["input_ids"]} for row in ROWS]),
         callbacks=[callback, watch],
@@ -332,7 +319,7 @@ def test_sft_trainer_padded_and_padding_free_draw_the_same(tmp_path, tokenizer):
     assert watches[0].ids[0].size(0) == 4 and watches[1].ids[0].size(0) == 1
     assert len(watches[0].noise) == sum(SIZES)
     assert torch.equal(watches[0].noise, watches[1].noise)
-    assert reports[0] == pytest.approx(reports[1], rel=1e-6, nan_ok=True) or True
+    assert reports[0]["tokens"] == reports[1]["tokens"] == sum(SIZES)
     assert reports[0]["noise_rms"] == pytest.approx(reports[1]["noise_rms"])
 
 
@@ -340,7 +327,9 @@ def test_sft_trainer_padded_and_padding_free_draw_the_same(tmp_path, tokenizer):
 def test_sft_trainer_packing_keeps_each_documents_own_length(tmp_path, tokenizer):
     # transformers scales by the packed row: for these rows effective α would be 5·√(l/64).
     callback = NEFTuneCallback(5.0)
-    watch = sft(tmp_path, tokenizer, callback, packing=True, per_device_train_batch_size=1)
+    watch = sft(
+        tmp_path, tokenizer, callback, packing=True, max_length=64, per_device_train_batch_size=1
+    )
     report = callback.report()
     assert max(ids.size(1) for ids in watch.ids) > 2 * max(SIZES)
     assert report["effective_alpha_p10"] == report["effective_alpha_p90"] == 5.0
@@ -408,7 +397,6 @@ def test_soft_prompts_stay_clean_and_do_not_count():
 
 
 def test_a_4_bit_model_trains_with_noise_on_a_cpu(tmp_path):
-    pytest.importorskip("bitsandbytes")
     tiny(hidden_size=64, num_hidden_layers=1).save_pretrained(tmp_path / "base")
     settings = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
@@ -540,5 +528,5 @@ def test_ranks_of_a_ddp_run_draw_different_noise(tmp_path):
     together = torch.cat([first["ours"], second["ours"]])
     assert together.unique(dim=0).size(0) == len(together)
     assert torch.equal(first["theirs"], second["theirs"])  # one stream for all ranks
-    alone = drawn(quiet(), **ragged([6] * 4))
+    alone = drawn(quiet(), options={"seed": 42}, **ragged([6] * 4))  # the trainer's seed
     assert torch.equal(first["ours"][:24], real(alone, ragged([6] * 4)))
