@@ -315,6 +315,14 @@ def test_cumulative_lengths_may_end_before_a_padded_row_does():
     assert not noise[0, 9:].any()
 
 
+def test_a_document_of_a_row_may_begin_with_masked_tokens():
+    mask = torch.tensor([[1, 1, 0, 1, 1, 1]])
+    cu = torch.tensor([0, 2, 6], dtype=torch.int32)
+    noise = drawn(Toy(), input_ids=mask, attention_mask=mask, cu_seq_lens_q=cu)
+    alone = ragged([2, 3])
+    assert torch.equal(noise[mask.bool()], real(drawn(Toy(), **alone), alone))
+
+
 def test_documents_packed_into_a_padded_batch_are_sequences_of_their_own():
     positions = torch.tensor([[0, 1, 2, 0, 1, 1], [0, 0, 1, 2, 3, 0]])
     mask = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]])

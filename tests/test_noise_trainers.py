@@ -459,7 +459,10 @@ def test_checkpointing_around_the_embedding_is_refused_with_the_remedy(reentrant
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("how", ["torch.compile", "model.compile"])
-def test_attaching_to_and_detaching_from_a_compiled_model_takes_effect(backend, how):
+@pytest.mark.parametrize("compiled_first", [True, False])
+def test_attaching_to_and_detaching_from_a_compiled_model_takes_effect(
+    backend, how, compiled_first
+):
     batch = ragged([9, 4])
     batch |= {"labels": batch["input_ids"], "use_cache": False}
 
@@ -478,7 +481,9 @@ def test_attaching_to_and_detaching_from_a_compiled_model_takes_effect(backend, 
     else:
         model.compile(backend=backend)
         compiled = model
-    # Attached before anything was compiled, taken off, and put on again, by either name.
+    if compiled_first:
+        assert losses(compiled, 1) == pytest.approx([clean], abs=1e-5)
+    # Attached, taken off, and put on again, by either name of the model.
     with noisy_embeddings(model, 50.0):
         assert losses(compiled) == pytest.approx(noisy, abs=1e-5)
     assert losses(compiled, 1) == pytest.approx([clean], abs=1e-5)
