@@ -5,6 +5,7 @@ data order, dropout and LoRA initialisation. Every number here is computed from 
 files (`losses.csv`, `generations.jsonl`) and provenance, never typed.
 """
 
+import dataclasses
 import json
 import math
 
@@ -15,6 +16,7 @@ from neft_utils.config import BASE, ConfigError, Paths, decoding_name, load_prof
 from neft_utils.data import read_jsonl
 
 REFERENCE = "results/reference"
+FIELDS = [field.name for field in dataclasses.fields(stats.Interval)]
 
 # Metric -> (unit, what it is). The order is the order of the tables' columns.
 METRICS = {
@@ -173,7 +175,7 @@ def contrasts(runs, seeds, profile, decoding):
                         "control": control,
                         "metric": name,
                         "unit": unit,
-                        **_numbers(interval),
+                        **dataclasses.asdict(interval),
                         "p": stats.p_value(interval),
                         "verdict": stats.verdict(interval, unit=unit),
                     }
@@ -189,37 +191,37 @@ def _contrast(deltas, seeds, arm, control, name):
     return stats.seed_interval((wide[arm] - wide[control]).to_numpy()) if len(wide) else None
 
 
-def _numbers(interval):
-    names = ("estimate", "ci_low", "ci_high", "detectable", "n_seeds", "n_examples")
-    return {name: getattr(interval, name) for name in names}
-
-
 # ----------------------------------------------------------------------- the claims ledger
 
+# id -> (metric, sign of the effect that the claim predicts, claim, paper, why ours may differ)
 CLAIMS = {
     "confirmatory": (
         "test_nll",
+        -1,
         "Noise lowers the loss on held-out responses.",
         "The paper shows this loss as a figure only (Figure 5: slightly lower on Evol-Instruct).",
         "135M parameters and a few thousand training tokens instead of 7B and 20 million.",
     ),
     "less_overfitting": (
         "gap",
+        -1,
         "Noise narrows the gap between test and training loss.",
         "Figure 5: training loss clearly higher, test loss slightly lower; no numbers.",
-        "Here the training set is small and passed a few times, so there is a gap to narrow.",
+        "The gap also narrows when a run merely learns its training rows less well.",
     ),
     "longer_answers": (
         "answer_tokens",
+        1,
         "Models trained with noise answer at greater length.",
         "Table 4, LLaMA-2-7B on Alpaca: 375 to 1062 characters.",
-        "Our base model is already instruction-tuned and its answers are cut at a token limit.",
+        "The base is already instruction-tuned and the training answers are short.",
     ),
     "training_cost": (
         "train_seconds",
-        "Noise costs no training time.",
+        1,
+        "Noise costs training time.",
         "The paper calls it free; no numbers.",
-        "Timed while another run uses the other core, so single runs vary by several percent.",
+        "Timed while another run uses the other core, so single runs vary by a tenth or more.",
     ),
 }
 
@@ -232,28 +234,32 @@ def claims(table, profile):
     """
     treatment, control = profile.confirmatory.treatment, profile.confirmatory.control
     mine = table[table.treatment == treatment].set_index("metric")
-    rows, numbers = [], ("estimate", "ci_low", "ci_high", "detectable")
-    for name, (metric, claim, paper, note) in CLAIMS.items():
-        row = {
-            "id": name,
-            "claim": claim,
-            "contrast": f"{treatment} - {control}",
-            "metric": metric,
-            "unit": METRICS[metric][0],
-            **dict.fromkeys(numbers),
-            "verdict": stats.verdict(None, testable=False),
-            "paper": paper,
-            "note": note,
-        }
-        if metric in mine.index:
-            row |= {n: _plain(mine.loc[metric, n]) for n in numbers}
-            row["verdict"] = mine.loc[metric, "verdict"]
-        rows.append(row)
-    secondary = [r for r in rows[1:] if r["ci_low"] is not None]
-    adjusted = stats.holm([mine.loc[r["metric"], "p"] for r in secondary]) if secondary else []
-    for row, p in zip(secondary, adjusted, strict=True):
-        if row["verdict"] == "detected" and p >= 0.05:
-            row["verdict"] = f"not detected after Holm's correction (p = {p:.2g})"
+    found = {
+        name: stats.Interval(**mine.loc[metric, FIELDS].to_dict())
+        for name, (metric, *_) in CLAIMS.items()
+        if metric in mine.index
+    }
+    secondary = [n for n in found if n != "confirmatory" and math.isfinite(found[n].ci_low)]
+    p_values = stats.holm([stats.p_value(found[n]) for n in secondary]) if secondary else []
+    adjusted = dict(zip(secondary, p_values, strict=True))
+    rows = []
+    for name, (metric, claimed, claim, paper, note) in CLAIMS.items():
+        unit, interval = METRICS[metric][0], found.get(name)
+        verdict = stats.verdict(interval, unit=unit, claimed=claimed, adjusted_p=adjusted.get(name))
+        numbers = ("estimate", "ci_low", "ci_high", "detectable")
+        rows.append(
+            {
+                "id": name,
+                "claim": claim,
+                "contrast": f"{treatment} - {control}",
+                "metric": metric,
+                "unit": unit,
+                **{n: _plain(getattr(interval, n, math.nan)) for n in numbers},
+                "verdict": verdict,
+                "paper": paper,
+                "note": note,
+            }
+        )
     return rows
 
 

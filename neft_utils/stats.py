@@ -211,20 +211,30 @@ def non_inferiority(interval: Interval, margin: float, higher_is_better: bool) -
 
 
 def verdict(
-    interval: Interval | None, testable: bool = True, elsewhere: str | None = None, unit: str = ""
+    interval: Interval | None,
+    testable: bool = True,
+    elsewhere: str | None = None,
+    unit: str = "",
+    claimed: int = 0,
+    adjusted_p: float | None = None,
 ) -> str:
     """The only place where results become words.
 
     "detected" if the interval excludes 0, else "not detected (could have seen ≥ x unit)" with x
     the smallest detectable effect; "not testable here (see profile y)" with y = elsewhere if
-    testable is False or there is no interval. ValueError for a bootstrap, which has no x.
+    testable is False or there is no interval. claimed: sign of the effect that a claim predicts
+    (0: none); an effect of the other sign is "detected, opposite to the claim". adjusted_p: from
+    `holm`; at 0.05 or more it takes a detection back. ValueError for a bootstrap, which has no x.
     """
     if not testable or interval is None or not isfinite(interval.ci_low):
         return "not testable here" + (f" (see profile {elsewhere})" if elsewhere else "")
     if not isfinite(interval.detectable):
         raise ValueError("verdict needs confirmatory_interval or seed_interval, not a bootstrap")
     if interval.ci_low > 0 or interval.ci_high < 0:
-        return "detected"
+        if adjusted_p is not None and adjusted_p >= 0.05:
+            return f"not detected after correction (p = {adjusted_p:.2g})"
+        opposite = claimed * interval.estimate < 0
+        return "detected, opposite to the claim" if opposite else "detected"
     return f"not detected (could have seen ≥ {f'{interval.detectable:.2g} {unit}'.strip()})"
 
 

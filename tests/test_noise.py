@@ -913,6 +913,16 @@ def test_the_default_dtype_changes_nothing(dtype):
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("distribution", ["uniform", "gaussian", "rademacher"])
+def test_noise_is_identical_on_every_device(distribution):
+    batch, options = ragged(), {"distribution": distribution}
+    there = {name: value.cuda() for name, value in batch.items()}
+    noise = drawn(Toy(), 5.0, options, **batch)
+    assert torch.equal(drawn(Toy(device="cuda"), 5.0, options, **there).cpu(), noise)
+
+
 @pytest.mark.parametrize("length", ["sequence", "padded", "packed"])
 @pytest.mark.parametrize("distribution", ["uniform", "gaussian", "rademacher"])
 def test_no_forward_waits_for_the_device(length, distribution):

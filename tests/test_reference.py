@@ -72,7 +72,7 @@ def test_the_confirmatory_claim_follows_from_per_item_files(stored):
     claim = ledger["confirmatory"]
     assert claim["estimate"] == pytest.approx(interval.estimate, abs=1e-12)
     assert claim["ci_low"] == pytest.approx(interval.ci_low, abs=1e-12)
-    assert claim["verdict"] == stats.verdict(interval, unit="nats/token")
+    assert claim["verdict"] == stats.verdict(interval, unit="nats/token", claimed=-1)
 
 
 def test_noise_was_what_the_profile_says(stored):

@@ -297,3 +297,13 @@ def test_bad_input_is_refused_in_one_clear_line(call, arguments, message):
     with pytest.raises(ValueError, match=message) as caught:
         call(*arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_a_verdict_says_when_an_effect_goes_against_the_claim_or_fails_the_correction():
+    up = stats.seed_interval([0.1, 0.11, 0.12])
+    assert stats.verdict(up, claimed=1) == "detected"
+    assert stats.verdict(up, claimed=-1) == "detected, opposite to the claim"
+    assert stats.verdict(up, claimed=1, adjusted_p=0.049) == "detected"
+    assert stats.verdict(up, adjusted_p=0.05) == "not detected after correction (p = 0.05)"
+    wide = stats.seed_interval([-0.1, 0.1, 0.12])
+    assert stats.verdict(wide, claimed=-1).startswith("not detected (could have seen ≥ ")
