@@ -321,7 +321,11 @@ def readme_block(folder):
     ledger = json.loads((folder / "claims.json").read_text("utf-8"))
     first = ledger[0]
     figure = f"results/reference/{folder.name}/figures/05_confirmatory.png"
+    numbers = [show(first[name], 4) for name in ("estimate", "ci_low", "ci_high")]
     return f"""\
+**{first["claim"]}** {first["verdict"][:1].upper()}{first["verdict"][1:]}: {first["contrast"]} is
+{numbers[0]} [{numbers[1]}, {numbers[2]}] {first["unit"]}, {first["metric"]}, over paired seeds.
+
 ![{first["contrast"]}, test NLL per seed, mean and interval: {first["verdict"]}]({figure})
 
 Profile `{folder.name}`, {len(about)} runs at commit `{about[0]["commit"][:12]}`,
