@@ -181,6 +181,9 @@ def promote(arguments):
     shutil.rmtree(target, ignore_errors=True)
     keep_out = shutil.ignore_patterns("adapter", "trainer", "*.log", ".*", "*.failed.ipynb")
     shutil.copytree(paths.results, target, ignore=keep_out)
+    for path in target.glob("notebooks/*.ipynb"):  # warnings in outputs name files by full path
+        text = path.read_text("utf-8")
+        provenance.atomic_write_text(path, text.replace(f"{ROOT}{os.sep}", ""))
     _update_readme(profile.name, target)
     print(
         f"promoted {len(profile.runs()) + 1} runs of {commits.pop()[:12]} to"

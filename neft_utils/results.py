@@ -323,7 +323,7 @@ def readme_block(folder):
     figure = f"results/reference/{folder.name}/figures/05_confirmatory.png"
     numbers = [show(first[name], 4) for name in ("estimate", "ci_low", "ci_high")]
     return f"""\
-**{first["claim"]}** {first["verdict"][:1].upper()}{first["verdict"][1:]}: {first["contrast"]} is
+The claim: *{first["claim"]}* **{first["verdict"].capitalize()}**: {first["contrast"]} is
 {numbers[0]} [{numbers[1]}, {numbers[2]}] {first["unit"]}, {first["metric"]}, over paired seeds.
 
 ![{first["contrast"]}, test NLL per seed, mean and interval: {first["verdict"]}]({figure})

@@ -65,8 +65,10 @@ def execute(profile, reference, paths, step, arm=None, seed=None):
     import papermill
 
     logging.getLogger("papermill").setLevel(logging.ERROR)  # else a line per cell
-    # tqdm asks for widgets that no executed copy can show, with this machine's path.
-    os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
+    # Libraries' warnings that no reader can act on, each with this machine's path.
+    os.environ["PYTHONWARNINGS"] = (
+        "ignore:IProgress not found,ignore:`is_gradient_checkpointing` is deprecated"
+    )
     source, target = NOTEBOOKS / f"{STEPS[step]}.ipynb", paths.notebook(step, arm, seed)
     parameters = {"PROFILE": reference, "ARM": arm, "SEED": seed, "OUT": paths.out}
     parameters = {name: value for name, value in parameters.items() if value is not None}
