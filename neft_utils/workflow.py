@@ -122,7 +122,8 @@ def execute(profile, reference, paths, step, arm=None, seed=None):
 def run_all(profile, reference, paths, count, lock):
     environment = dict(os.environ, PYTHONHASHSEED="0", TOKENIZERS_PARALLELISM="false")
     if profile.device == "cpu":  # two threads of one run fight as soon as anything else runs
-        environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        one = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment |= one
     command = [
         sys.executable,
         "-m",
