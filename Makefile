@@ -5,7 +5,7 @@ BIN := .venv/bin
 NEFT := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m neft_utils
 WITH := $(if $(PROFILE),--profile $(PROFILE))
 .DEFAULT_GOAL := help
-.PHONY: help env plan smoke reproduce figures compare promote report test test-all lint strip clean
+.PHONY: help env plan smoke reproduce figures compare bench promote report test test-all lint strip clean
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -35,6 +35,9 @@ figures: env  ## make figures and tables again from stored results, in seconds
 
 compare: env  ## hold local results against results/reference
 	@$(NEFT) compare $(WITH)
+
+bench: env  ## time the noise as a share of a training step (idle machine)
+	@$(NEFT) bench $(WITH)
 
 promote: env  ## copy a complete run at a clean commit to results/reference
 	@$(NEFT) promote $(WITH)

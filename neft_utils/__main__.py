@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 from neft_utils import provenance
@@ -60,6 +61,7 @@ def _parser():
     command("figures", figures, "re-execute 00, 02, 06 and 05 from stored results")
     command("promote", promote, "copy a complete, clean run to results/reference")
     command("compare", compare, "hold local results against the reference")
+    command("bench", bench, "the noise's share of a training step, to results/local/bench.json")
     command("strip", strip, "clear outputs of the source notebooks")
     return parser
 
@@ -234,6 +236,17 @@ def compare(arguments):
                 f" tolerance {tolerances[unit]:g} {unit}"
             )
     return 1 if misses else 0
+
+
+def bench(arguments):
+    """Time the noise; needs the profile's data (notebook 01) and an idle machine."""
+    from neft_utils.bench import noise_overhead
+
+    warnings.simplefilter("ignore", FutureWarning)  # PEFT at transformers, not ours
+    profile, _, paths = _profile(arguments)
+    found = {"profile": profile.name, **noise_overhead(profile, paths)}
+    provenance.write_json(ROOT / paths.out / "bench.json", found)
+    print(json.dumps(found, indent=1))
 
 
 def strip(arguments):

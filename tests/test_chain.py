@@ -271,6 +271,15 @@ def test_a_data_file_that_will_not_do_is_named(tmp_path, rows, message):
     assert not (folder / "data" / "processed" / "mine" / "manifest.json").exists()
 
 
+def test_the_noises_share_of_a_step_is_measured(nano):
+    folder, results, _ = nano
+    done = neft(folder, "bench", "--profile", "nano")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((results.parent / "bench.json").read_text("utf-8"))
+    low, middle, high = (found[f"noise_overhead_percent{x}"] for x in ("_low", "", "_high"))
+    assert 0 < low <= middle <= high < 100 and found["steps"] == 3
+
+
 def test_two_at_once_are_refused(nano):
     import fcntl
 
