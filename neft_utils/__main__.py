@@ -1,4 +1,4 @@
-"""The commands behind make: plan, notebook, reproduce, promote, compare, strip.
+"""The commands behind make: plan, notebook, reproduce, figures, and so on.
 
 `reproduce` only starts Snakemake, which decides what is done and what is not, and tells the
 terminal how far it is. Every failure that a user can cause ends in one line and exit code 1.
@@ -17,7 +17,7 @@ from pathlib import Path
 from neft_utils import provenance
 from neft_utils.config import BASE, NOTEBOOKS, STEPS, ConfigError, Paths, load_profile, step_key
 from neft_utils.provenance import ROOT
-from neft_utils.workflow import estimate, execute, one_line, run_all, workers
+from neft_utils.workflow import estimate, execute, one_line, run_all, workers, write_notebook
 
 REFERENCE = "results/reference"
 FIGURE_STEPS = (0, 2, 6, 5)
@@ -67,7 +67,7 @@ def _parser():
 
 
 def default_profile():
-    """ "gpu-small" where CUDA is and the profile exists, else "cpu"."""
+    """The profile without PROFILE=: gpu-small if there is a GPU and that profile, else cpu."""
     has_gpu = shutil.which("nvidia-smi") is not None
     gpu = NOTEBOOKS / "profiles" / "gpu-small.yaml"
     return "gpu-small" if has_gpu and gpu.exists() else "cpu"
@@ -258,7 +258,7 @@ def strip(arguments):
                 cell["outputs"], cell["execution_count"] = [], None
             cell["metadata"] = {k: v for k, v in cell["metadata"].items() if k == "tags"}
         text["metadata"] = {k: text["metadata"][k] for k in ("kernelspec", "language_info")}
-        provenance.atomic_write_text(path, json.dumps(text, indent=1, ensure_ascii=False) + "\n")
+        write_notebook(path, text)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,12 @@ def workers(profile, cores=None):
     return max(1, min(cores or os.cpu_count(), int(memory // profile.memory_gb)))
 
 
+def write_notebook(path, notebook):
+    """Write a notebook given as JSON values, atomically, in nbformat's own layout."""
+    text = json.dumps(notebook, indent=1, ensure_ascii=False)
+    provenance.atomic_write_text(path, text + "\n")
+
+
 def execute(profile, reference, paths, step, arm=None, seed=None):
     """Run one notebook in a fresh kernel; its executed copy appears only when it is whole."""
     import papermill
@@ -100,7 +106,7 @@ def execute(profile, reference, paths, step, arm=None, seed=None):
             key: text["metadata"]["papermill"][key]
             for key in ("duration", "end_time", "parameters")
         }
-        provenance.atomic_write_text(target, json.dumps(text, indent=1, ensure_ascii=False) + "\n")
+        write_notebook(target, text)
     except papermill.PapermillExecutionError as error:
         failed = target.with_name(f"{target.stem}.failed.ipynb")
         partial.replace(failed)
@@ -120,10 +126,13 @@ def execute(profile, reference, paths, step, arm=None, seed=None):
 
 
 def run_all(profile, reference, paths, count, lock):
+    """Run every step that is not done, `count` at a time; returns Snakemake's exit code.
+
+    lock: file descriptor that Snakemake keeps open, so that the lock outlives a killed parent.
+    """
     environment = dict(os.environ, PYTHONHASHSEED="0", TOKENIZERS_PARALLELISM="false")
     if profile.device == "cpu":  # two threads of one run fight as soon as anything else runs
-        one = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        environment |= one
+        environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [
         sys.executable,
         "-m",
@@ -155,7 +164,7 @@ def run_all(profile, reference, paths, count, lock):
         pass_fds=(lock,),
     )
     total = sum(row[3] for row in estimate(profile, paths)) / count
-    state = {"done": 0, "steps": None, "running": {}, "nothing": False}
+    state = {"done": 0, "steps": None, "nothing": False}
     stop = threading.Event()
     heartbeat = threading.Thread(target=_heartbeat, args=(state, started, total, stop), daemon=True)
     heartbeat.start()
@@ -200,8 +209,9 @@ def _status(state, started, total):
     elapsed = time.monotonic() - started
     done, steps = state["done"], state["steps"]
     share = done / steps if steps else 0
-    # Planned time at first, measured pace as steps complete: weights share and 1 - share.
-    left = max(0.0, (1 - share) * (total * (1 - share) + (elapsed / share * share if share else 0)))
+    # The whole takes `total` by plan and elapsed / share by pace: weights 1 - share and share.
+    whole = (1 - share) * total + (elapsed if share else 0)
+    left = (1 - share) * whole
     counted = f"{done} of {steps} steps" if steps else "starting"
     return f"[{elapsed / 60:5.1f} min] {counted}, about {left / 60:.0f} min left"
 
