@@ -73,7 +73,7 @@ class Train:
     learning_rate: float = _at_least(0.0)
     epochs: int = _at_least(1)
     batch_size: int = _at_least(1, 8)  # examples per optimiser step
-    micro_batch_size: int = _at_least(1, 8)  # examples per forward
+    micro_batch_tokens: int = _at_least(16, 2048)  # tokens per forward; memory grows with it
     lora_rank: int = _at_least(1, 16)
     lora_alpha: int = _at_least(1, 32)
     lora_dropout: float = _at_least(0.0, 0.0)
@@ -218,12 +218,6 @@ def _check_consistency(profile, where):
         if arm not in profile.arms:
             names = ", ".join(profile.arms)
             raise ConfigError(f"{where}: confirmatory.{role}: {arm!r} is no arm: use {names}")
-    for recipe in map(profile.recipe, profile.arms):
-        if recipe.batch_size % recipe.micro_batch_size:
-            raise ConfigError(
-                f"{where}: train.batch_size: {recipe.batch_size} is not a multiple of"
-                f" micro_batch_size {recipe.micro_batch_size}"
-            )
 
 
 def _build(cls, values, where):

@@ -7,7 +7,8 @@ an answer depend on its neighbours in the batch.
 """
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import Cache, LogitsProcessor
+from transformers.cache_utils import DynamicLayer
 
 from neft_utils.model import prompt_ids
 
@@ -33,51 +34,110 @@ def stop_ids(model, tokenizer):
     return sorted({tokenizer.eos_token_id, *(i for i in ids if i is not None)})
 
 
+class _Layer(DynamicLayer):
+    """Keys and values of one layer in buffers with room for every token to come.
+
+    transformers' own layer copies all of the past at every token; this one writes one column.
+    """
+
+    def __init__(self, room):
+        super().__init__()
+        self.room, self.used = room, 0
+
+    def lazy_initialization(self, keys, values):
+        super().lazy_initialization(keys, values)
+        batch, heads, _, size = keys.shape
+        self.keys = keys.new_empty(batch, heads, self.room, size)
+        self.values = torch.empty_like(self.keys)
+
+    def update(self, keys, values, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        new = slice(self.used, self.used + keys.shape[2])
+        self.keys[:, :, new], self.values[:, :, new] = keys, values
+        self.used = new.stop
+        return self.keys[:, :, : self.used], self.values[:, :, : self.used]
+
+    def get_seq_length(self):
+        return self.used
+
+
 @torch.no_grad()
 def answer(model, tokenizer, prompts, *, max_new_tokens, batch_size, repetition_penalty=1.2):
     """Greedy answers to user prompts, in order: [{"n_tokens", "stopped", "text"}].
 
     n_tokens counts up to and including the first end of turn, `stopped` says whether there
-    was one within `max_new_tokens`. Prompts are batched by length, padded on the left.
+    was one within `max_new_tokens`. Prompts are batched by length, padded on the left; rows
+    that have ended leave the batch.
     """
     model.eval()
-    attention = model.config._attn_implementation
-    model.set_attn_implementation("sdpa")  # padded batches need a mask
     stops = stop_ids(model, tokenizer)
-    processors = LogitsProcessorList()
+    penalty = None
     if repetition_penalty != 1.0:
-        processors.append(RepetitionPenalty(repetition_penalty, [*stops, tokenizer.pad_token_id]))
+        penalty = RepetitionPenalty(repetition_penalty, [*stops, tokenizer.pad_token_id])
     encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     out = [None] * len(encoded)
-    try:
-        for begin in range(0, len(order), batch_size):
-            chosen = order[begin : begin + batch_size]
-            width = max(len(encoded[i]) for i in chosen)
-            ids = torch.full((len(chosen), width), tokenizer.pad_token_id)
-            mask = torch.zeros_like(ids)
-            for row, i in enumerate(chosen):
-                ids[row, width - len(encoded[i]) :] = torch.tensor(encoded[i])
-                mask[row, width - len(encoded[i]) :] = 1
-            device = next(model.parameters()).device
-            new = model.generate(
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                do_sample=False,
-                max_new_tokens=max_new_tokens,
-                logits_processor=processors,
-                eos_token_id=stops,
-                pad_token_id=tokenizer.pad_token_id,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                repetition_penalty=None,
-            )[:, width:].tolist()
-            for i, tokens in zip(chosen, new, strict=True):
-                out[i] = _first_turn(tokenizer, tokens, stops)
-    finally:
-        model.set_attn_implementation(attention)
+    for begin in range(0, len(order), batch_size):
+        chosen = order[begin : begin + batch_size]
+        new = _decode(
+            model, [encoded[i] for i in chosen], max_new_tokens, penalty, stops, tokenizer
+        )
+        for i, tokens in zip(chosen, new, strict=True):
+            out[i] = _first_turn(tokenizer, tokens, stops)
     return out
+
+
+def _decode(model, prompts, max_new_tokens, penalty, stops, tokenizer):
+    """The new token ids of each prompt, at least up to its first stop id."""
+    device = next(model.parameters()).device
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width + max_new_tokens), tokenizer.pad_token_id)
+    for row, tokens in enumerate(prompts):
+        ids[row, width - len(tokens) : width] = torch.tensor(tokens)
+    ids = ids.to(device)
+    start = width - torch.tensor([len(tokens) for tokens in prompts], device=device)
+    columns, stop = torch.arange(ids.shape[1], device=device), torch.tensor(stops, device=device)
+    cache = Cache(layers=[_Layer(ids.shape[1]) for _ in range(model.config.num_hidden_layers)])
+    rows = torch.arange(len(prompts), device=device)  # which prompt each row of the batch is
+    # An index, not 1: torch multiplies the strided slice that 1 makes as a batch of products,
+    # each with its own copy of the head.
+    last = torch.tensor([-1], device=device)
+    going = torch.ones_like(rows, dtype=torch.bool)
+    new = [[] for _ in prompts]
+    # Padding sees itself alone: a softmax over nothing would be nan, and nan times 0 is nan.
+    own = columns[:width, None] == columns[:width]
+    past = columns[:width, None] >= columns[:width]
+    mask = (past & (columns[:width] >= start[:, None, None])) | own
+    current, position = ids[:, :width], (columns[:width] - start[:, None]).clamp(min=0)
+    for end in range(width, ids.shape[1]):
+        logits = model(
+            input_ids=current,
+            attention_mask=mask[:, None],
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=last,
+        ).logits[:, 0]
+        logits = logits.float()
+        if penalty is not None:
+            logits = penalty(ids[:, :end], logits)
+        token = logits.argmax(1)
+        ids[:, end] = token
+        for row, value in zip(rows.tolist(), token.tolist(), strict=True):
+            new[row].append(value)
+        going &= ~torch.isin(token, stop)
+        left = int(going.sum())
+        if not left:
+            break
+        if left <= 0.8 * len(rows):  # leaving costs a copy of the cache, so a few at a time
+            keep = going.nonzero()[:, 0]
+            rows, ids, start, token, going = (x[keep] for x in (rows, ids, start, token, going))
+            for layer in cache.layers:
+                layer.keys, layer.values = layer.keys[keep], layer.values[keep]
+        current, position = token[:, None], (end - start)[:, None]
+        mask = (columns[: end + 1] >= start[:, None])[:, None]
+    return new
 
 
 def _first_turn(tokenizer, tokens, stops):

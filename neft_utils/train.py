@@ -5,6 +5,7 @@ TRL's SFTTrainer does the work; the subclass below only changes how the loss is 
 gone when `train()` ends, however it ends.
 """
 
+import itertools
 import math
 import time
 import warnings
@@ -19,10 +20,12 @@ from trl import SFTConfig, SFTTrainer
 
 from neft_utils import data, provenance
 from neft_utils.config import as_dict, step_key
+from neft_utils.fast import lean_lora
 from neft_utils.model import (
     encode,
     load_base,
     load_tokenizer,
+    out_of_memory,
     parameter_counts,
     response_nll,
     response_token_nll,
@@ -42,8 +45,34 @@ LOG_COLUMNS = [
 ]
 
 
+def split_row(batch, tokens):
+    """Cut a padding-free batch between documents into batches of at most `tokens` tokens.
+
+    A document longer than that stands alone. Summed losses and gradients do not change.
+    """
+    offsets = batch["cu_seq_lens_q"].tolist()
+    begin = 0
+    while begin < len(offsets) - 1:
+        end = begin + 1
+        while end < len(offsets) - 1 and offsets[end + 1] - offsets[begin] <= tokens:
+            end += 1
+        a, b = offsets[begin], offsets[end]
+        part = {name: batch[name][:, a:b] for name in ("input_ids", "labels", "position_ids")}
+        own = batch["cu_seq_lens_q"][begin : end + 1] - a
+        longest = max(y - x for x, y in itertools.pairwise(offsets[begin : end + 1]))
+        part |= {"cu_seq_lens_q": own, "cu_seq_lens_k": own}
+        yield part | {"max_length_q": longest, "max_length_k": longest}
+        begin = end
+
+
 class PaddingFreeTrainer(SFTTrainer):
-    """SFTTrainer whose loss computes nothing for padding and no logits for prompt tokens."""
+    """SFTTrainer whose loss computes nothing for padding and no logits for prompt tokens.
+
+    A step's examples come as one row; forward and backward take it in parts of at most
+    `micro_batch_tokens` tokens, so that memory is bounded by tokens, not by examples.
+    """
+
+    micro_batch_tokens = 2048
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if return_outputs:
@@ -55,6 +84,15 @@ class PaddingFreeTrainer(SFTTrainer):
             noise.set_labels(inputs["labels"])  # the forward is not given them
         nll, _ = response_token_nll(model, inputs)
         return nll.sum() / (num_items_in_batch if num_items_in_batch is not None else len(nll))
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        total = 0.0
+        for part in split_row(self._prepare_inputs(inputs), self.micro_batch_tokens):
+            loss = self.compute_loss(model, part, num_items_in_batch=num_items_in_batch)
+            self.accelerator.backward(loss)
+            total = total + loss.detach()
+        return total
 
     def train(self, *args, **kwargs):
         try:
@@ -121,7 +159,7 @@ def lora_model(base, recipe, seed):
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(base, config)  # PEFT keeps adapters of bf16 models in float32
+    return lean_lora(get_peft_model(base, config))  # PEFT keeps adapters in float32
 
 
 def build_trainer(model, tokenizer, encoded, recipe, seed, callbacks, folder):
@@ -136,8 +174,7 @@ def build_trainer(model, tokenizer, encoded, recipe, seed, callbacks, folder):
             output_dir=str(folder),
             seed=seed,
             data_seed=seed,
-            per_device_train_batch_size=recipe.micro_batch_size,
-            gradient_accumulation_steps=recipe.batch_size // recipe.micro_batch_size,
+            per_device_train_batch_size=recipe.batch_size,
             num_train_epochs=recipe.epochs,
             learning_rate=recipe.learning_rate,
             lr_scheduler_type="cosine",
@@ -164,6 +201,7 @@ def build_trainer(model, tokenizer, encoded, recipe, seed, callbacks, folder):
             callbacks=callbacks,
             train_dataset=Dataset.from_list(encoded),
         )
+    trainer.micro_batch_tokens = recipe.micro_batch_tokens
     trainer.remove_callback(PrinterCallback)  # rows go to train_log.csv
     return trainer
 
@@ -196,7 +234,10 @@ def finetune(profile, arm, seed, paths, say=print):
     trainer = build_trainer(
         model, tokenizer, encoded, recipe, seed, [callback, log], run / "trainer"
     )
-    with warnings.catch_warnings():
+    with (
+        warnings.catch_warnings(),
+        out_of_memory("train.micro_batch_tokens", recipe.micro_batch_tokens),
+    ):
         warnings.simplefilter("ignore", FutureWarning)  # of TRL at transformers, not ours
         trainer.train()
     seconds = time.perf_counter() - log.started - log.scoring
@@ -240,12 +281,12 @@ def throughput(model, recipe, encoded, seconds):
     the weight), 6 per adapter weight; the head's 4 only on response tokens, which is why the
     embedding's own weights, a look-up, are not counted. Attention is left out (under 3 %
     below 400 tokens). Utilisation is the share of the fastest bf16 matrix product measured
-    in this process (`provenance.matmul_gflops`). Padded counts what micro-batches padded to
-    their longest would cost.
+    in this process (`provenance.matmul_gflops`). Padded counts what batches padded to their
+    longest example would cost.
     """
     lengths = [len(e["input_ids"]) for e in encoded]
     responses = sum(sum(e["completion_mask"]) for e in encoded)
-    size = recipe.micro_batch_size
+    size = recipe.batch_size
     padded = sum(
         max(lengths[i : i + size]) * len(lengths[i : i + size])
         for i in range(0, len(lengths), size)

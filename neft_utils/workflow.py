@@ -17,6 +17,14 @@ from neft_utils import provenance
 from neft_utils.config import BASE, NOTEBOOKS, STEPS, ConfigError
 from neft_utils.provenance import ROOT
 
+# Freed memory stays with the process instead of going back to the kernel, which would have to
+# clear it again: tensors of more than 32 MB come and go at every step. glibc and torch read these.
+KEEP_MEMORY = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "17179869184",
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
+
 
 def one_line(error):
     """A message without line breaks; OSErrors named by what to do about them."""
@@ -119,7 +127,8 @@ def execute(profile, reference, paths, step, arm=None, seed=None):
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise RuntimeError(
-            f"{label}: the kernel died ({one_line(error)}): too little memory?"
+            f"{label}: the kernel died ({one_line(error)}); if memory ran out, lower"
+            " train.micro_batch_tokens in the profile or --cores, and run the same command again"
         ) from None
     finally:
         partial.unlink(missing_ok=True)
@@ -133,6 +142,7 @@ def run_all(profile, reference, paths, count, lock):
     environment = dict(os.environ, PYTHONHASHSEED="0", TOKENIZERS_PARALLELISM="false")
     if profile.device == "cpu":  # two threads of one run fight as soon as anything else runs
         environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment |= {**KEEP_MEMORY, **os.environ}
     command = [
         sys.executable,
         "-m",

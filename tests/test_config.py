@@ -71,7 +71,7 @@ BAD = [
     ("seeds", 3, "seeds: expected a list"),
     ("confirmatory.treatment", "neft_a5", "'neft_a5' is no arm: use baseline, neft_a15"),
     ("confirmatory.metric", "accuracy", "must be one of test_nll"),
-    ("train.micro_batch_size", 3, "8 is not a multiple of micro_batch_size 3"),
+    ("train.micro_batch_tokens", 3, "must be at least 16"),
     ("name", "other", "the file's name is the name"),
 ]
 

@@ -143,3 +143,27 @@ def test_greedy_answers_follow_the_arg_max(nano, tokenizer):
             logits = nano(input_ids=torch.tensor([ids + new])).logits[0, -1]
             new.append(int(logits.argmax()))
     assert text["text"] == tokenizer.decode(new, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_dequantising_once_equals_bitsandbytes_bit_for_bit(double):
+    """Where bitsandbytes dequantises before the product: its forward and gradient are ours."""
+    import bitsandbytes as bnb
+
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(128, 192, bias=False, dtype=torch.bfloat16)
+    options = {"quant_type": "nf4", "compress_statistics": double, "quant_storage": torch.uint8}
+    layer = bnb.nn.Linear4bit(128, 192, bias=False, compute_dtype=torch.bfloat16, **options)
+    layer.load_state_dict(plain.state_dict())
+    layer.to("cpu")  # quantises
+    state = layer.weight.quant_state
+    once = bnb.functional.dequantize_4bit(layer.weight.data, state).to(torch.bfloat16)
+    outs = []
+    for product in (layer.train(), lambda x: F.linear(x, once)):
+        torch.manual_seed(1)
+        x = torch.randn(600, 128, dtype=torch.bfloat16, requires_grad=True)
+        y = product(x)
+        y.backward(torch.randn_like(y))
+        outs.append((y, x.grad))
+    assert layer.weight.dtype == torch.uint8 and not torch.equal(once, plain.weight)
+    assert torch.equal(outs[0][0], outs[1][0]) and torch.equal(outs[0][1], outs[1][1])

