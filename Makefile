@@ -36,7 +36,7 @@ figures: env  ## make figures and tables again from stored results, in seconds
 compare: env  ## hold local results against results/reference
 	@$(NEFT) compare $(WITH)
 
-bench: env  ## time the noise as a share of a training step (idle machine)
+bench: env  ## time training and answering beside plain TRL (idle machine, a quarter of an hour)
 	@$(NEFT) bench $(WITH)
 
 promote: env  ## copy a complete run at a clean commit to results/reference

@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import sys
-import warnings
 from pathlib import Path
 
 from neft_utils import provenance
@@ -61,7 +60,8 @@ def _parser():
     command("figures", figures, "re-execute 00, 02, 06 and 05 from stored results")
     command("promote", promote, "copy a complete, clean run to results/reference")
     command("compare", compare, "hold local results against the reference")
-    command("bench", bench, "the noise's share of a training step, to results/local/bench.json")
+    sub = command("bench", bench, "time ours beside plain TRL, to results/local/bench.json")
+    sub.add_argument("--steps", type=int, default=6, help="optimiser steps a row, first not timed")
     command("strip", strip, "clear outputs of the source notebooks")
     return parser
 
@@ -183,6 +183,7 @@ def promote(arguments):
     shutil.rmtree(target, ignore_errors=True)
     keep_out = shutil.ignore_patterns("adapter", "trainer", "*.log", ".*", "*.failed.ipynb")
     shutil.copytree(paths.results, target, ignore=keep_out)
+    _promote_bench(profile, paths, target)
     for path in target.glob("notebooks/*.ipynb"):  # warnings in outputs name files by full path
         text = path.read_text("utf-8")
         provenance.atomic_write_text(path, text.replace(f"{ROOT}{os.sep}", ""))
@@ -193,14 +194,28 @@ def promote(arguments):
     )
 
 
+def _promote_bench(profile, paths, target):
+    """Take bench.json along if `make bench` ran for this profile at a clean commit."""
+    measured = ROOT / paths.out / "bench.json"
+    if measured.exists():
+        found = json.loads(measured.read_text("utf-8"))
+        if found["profile"] == profile.name and not found["dirty"]:
+            shutil.copy(measured, target / "bench.json")
+
+
 def _update_readme(name, folder):
-    """Write the README's block of a profile from its promoted files, if it has one."""
+    """Write the README's blocks of a profile from its promoted files, where it has them."""
+    from neft_utils.bench import table
     from neft_utils.results import readme_block
 
     readme = ROOT / "README.md"
-    text = readme.read_text("utf-8")
-    block = re.compile(rf"(<!-- results:{name} -->\n).*?(<!-- /results -->)", re.S)
-    new = block.sub(lambda match: match[1] + readme_block(folder) + match[2], text)
+    new = text = readme.read_text("utf-8")
+    blocks = {"results": readme_block(folder)}
+    if (folder / "bench.json").exists():
+        blocks["speed"] = table(json.loads((folder / "bench.json").read_text("utf-8")))
+    for kind, content in blocks.items():
+        block = re.compile(rf"(<!-- {kind}:{name} -->\n).*?(<!-- /{kind} -->)", re.S)
+        new = block.sub(lambda match, content=content: match[1] + content + match[2], new)
     if new != text:
         provenance.atomic_write_text(readme, new)
 
@@ -239,14 +254,22 @@ def compare(arguments):
 
 
 def bench(arguments):
-    """Time the noise; needs the profile's data (notebook 01) and an idle machine."""
-    from neft_utils.bench import noise_overhead
+    """Ours beside plain TRL; needs the profile's data (notebook 01) and an idle machine."""
+    from neft_utils.bench import bench as measure
+    from neft_utils.bench import table
+    from neft_utils.data import load_split
 
-    warnings.simplefilter("ignore", FutureWarning)  # PEFT at transformers, not ours
-    profile, _, paths = _profile(arguments)
-    found = {"profile": profile.name, **noise_overhead(profile, paths)}
+    profile, reference, paths = _profile(arguments)
+    load_split(paths.processed, "test")  # says what to run if it is not there
+    load = os.getloadavg()[0]
+    if load > 0.5:
+        print(f"warning: load average {load:.1f}: times mean little on a busy machine")
+    if arguments.steps < 2:
+        raise ConfigError("--steps must be at least 2: the first one warms up")
+    found = measure(profile, reference, paths, arguments.steps)
     provenance.write_json(ROOT / paths.out / "bench.json", found)
-    print(json.dumps(found, indent=1))
+    print(table(found))
+    return 0
 
 
 def strip(arguments):

@@ -74,6 +74,7 @@ class Train:
     epochs: int = _at_least(1)
     batch_size: int = _at_least(1, 8)  # examples per optimiser step
     micro_batch_tokens: int = _at_least(16, 2048)  # tokens per forward; memory grows with it
+    gradient_checkpointing: bool = False  # less memory for a third more arithmetic
     lora_rank: int = _at_least(1, 16)
     lora_alpha: int = _at_least(1, 32)
     lora_dropout: float = _at_least(0.0, 0.0)

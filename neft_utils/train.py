@@ -184,7 +184,7 @@ def build_trainer(model, tokenizer, encoded, recipe, seed, callbacks, folder):
             padding_free=True,
             max_length=None,
             completion_only_loss=True,
-            gradient_checkpointing=False,
+            gradient_checkpointing=recipe.gradient_checkpointing,
             bf16=False,  # the weights are bf16 already, the adapters stay float32
             use_cpu=not torch.cuda.is_available(),
             dataloader_pin_memory=False,

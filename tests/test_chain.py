@@ -271,13 +271,36 @@ def test_a_data_file_that_will_not_do_is_named(tmp_path, rows, message):
     assert not (folder / "data" / "processed" / "mine" / "manifest.json").exists()
 
 
-def test_the_noises_share_of_a_step_is_measured(nano):
+def test_bench_times_all_rows_on_the_same_examples(nano):
+    """Real trainers of both kinds; how fast they are is not for a busy machine to say."""
     folder, results, _ = nano
-    done = neft(folder, "bench", "--profile", "nano")
+    done = neft(folder, "bench", "--profile", "nano", "--steps", "3")
     assert done.returncode == 0, done.stderr
     found = json.loads((results.parent / "bench.json").read_text("utf-8"))
     low, middle, high = (found[f"noise_overhead_percent{x}"] for x in ("_low", "", "_high"))
-    assert 0 < low <= middle <= high < 100 and found["steps"] == 3
+    assert 0 < low <= middle <= high < 100
+    rows = found["rows"]
+    speed = {name: row["real_tokens_per_second"]["median"] for name, row in rows.items()}
+    assert found["train_ratio_vs_trl"] == pytest.approx(
+        speed["ours_2x1"] / speed["trl_2x1"], abs=0.01
+    )
+    assert found["train_ratio_vs_trl_one_run"] == pytest.approx(
+        speed["ours_1x2"] / speed["trl_1x2"], abs=0.01
+    )
+    for row in rows.values():
+        assert row["real_tokens_per_second"]["low"] <= row["real_tokens_per_second"]["high"]
+        assert row["padded_tokens_per_second"]["median"] > row["real_tokens_per_second"]["median"]
+        assert row["peak_memory_gb"] > 0 and row["load_seconds"] > 0
+    losses = [row["loss"] for row in rows.values()]
+    assert max(losses) - min(losses) < 0.1  # the same rows, steps and recipe
+    for name in (*speed, "noise_overhead_percent", "generation_ratio", "forward_ratio"):
+        assert name in done.stdout
+
+
+def test_bench_without_data_says_what_to_run(nano, tmp_path):
+    folder, _, _ = nano
+    done = neft(folder, "bench", "--profile", mine(tmp_path))
+    assert done.returncode == 1 and "run notebook 01 first" in done.stderr
 
 
 def test_two_at_once_are_refused(nano):

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -156,6 +158,56 @@ def test_a_loss_that_is_not_finite_stops_the_run(profile, prepared):
     trainer = train.build_trainer(model, tokenizer, encoded, wild, 0, [log], prepared / "t")
     with pytest.raises(FloatingPointError, match="lower train.learning_rate or noise_alpha"):
         trainer.train()
+
+
+STARVED = """
+import resource, torch
+from neft_utils import model as m
+from neft_utils.config import Model
+base = m.load_base(Model(source="nano"), "bf16")
+one = {"input_ids": [5] * 500, "completion_mask": [0] * 100 + [1] * 400}
+m.response_token_nll(base, m.flat_batch([one]))[0].sum().backward()  # libraries are loaded now
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + 50_000_000
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+with m.out_of_memory("train.micro_batch_tokens", 200_000):
+    m.response_token_nll(base, m.flat_batch([one] * 400))[0].sum().backward()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits a process's memory as Linux does")
+def test_running_out_of_memory_names_the_setting_to_lower():
+    done = subprocess.run([sys.executable, "-c", STARVED], capture_output=True, text=True)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(
+        "MemoryError: out of memory: lower train.micro_batch_tokens (now 200000)"
+    )
+    assert "finished steps are kept" in last
+    assert done.stderr.count("Traceback") == 1  # the allocator's own message is not shown
+
+
+def test_other_errors_are_not_called_out_of_memory():
+    with pytest.raises(RuntimeError, match="shapes differ"), m.out_of_memory("x", 1):
+        raise RuntimeError("shapes differ")
+
+
+def test_checkpointing_changes_memory_not_gradients(profile, prepared):
+    import dataclasses
+
+    runs = []
+    for on in (False, True):
+        recipe = dataclasses.replace(profile.train, gradient_checkpointing=on, epochs=1)
+        tokenizer = m.load_tokenizer(profile.model)
+        encoded = [m.encode(tokenizer, row) for row in data.load_split(prepared, "train-s0")]
+        model = train.lora_model(m.load_base(profile.model), recipe, 0)
+        callback = train.NEFTuneCallback(15.0)
+        folder = prepared / "t"
+        trainer = train.build_trainer(model, tokenizer, encoded, recipe, 0, [callback], folder)
+        trainer.train()
+        assert model.get_base_model().model.gradient_checkpointing == on
+        runs.append({n: p.detach() for n, p in model.named_parameters() if p.requires_grad})
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
 
 
 def test_unknown_arm_and_missing_data_are_said_before_any_work(profile, tmp_path):
