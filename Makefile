@@ -5,7 +5,7 @@ BIN := .venv/bin
 NEFT := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m neft_utils
 WITH := $(if $(PROFILE),--profile $(PROFILE))
 .DEFAULT_GOAL := help
-.PHONY: help env plan smoke reproduce figures compare bench promote report test test-all lint strip clean
+.PHONY: help env plan smoke reproduce figures compare bench bench-gpu promote report test test-all lint strip clean
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -38,6 +38,9 @@ compare: env  ## hold local results against results/reference
 
 bench: env  ## time training and answering beside plain TRL (idle machine, a quarter of an hour)
 	@$(NEFT) bench $(WITH)
+
+bench-gpu: env  ## time a 7B-shaped QLoRA on one GPU beside plain TRL (random weights)
+	@$(NEFT) bench-gpu
 
 promote: env  ## copy a complete run at a clean commit to results/reference
 	@$(NEFT) promote $(WITH)

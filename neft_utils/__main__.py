@@ -62,6 +62,7 @@ def _parser():
     command("compare", compare, "hold local results against the reference")
     sub = command("bench", bench, "time ours beside plain TRL, to results/local/bench.json")
     sub.add_argument("--steps", type=int, default=6, help="optimiser steps a row, first not timed")
+    command("bench-gpu", bench_gpu, "the same for a 7B-shaped QLoRA on one GPU, random weights")
     command("strip", strip, "clear outputs of the source notebooks")
     return parser
 
@@ -270,6 +271,20 @@ def bench(arguments):
     provenance.write_json(ROOT / paths.out / "bench.json", found)
     print(table(found))
     return 0
+
+
+def bench_gpu(arguments):
+    """Speed and memory at Llama-2-7B's shape on one GPU, to bench-gpu.json."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError("make bench-gpu needs a CUDA GPU: torch sees none")
+    from neft_utils.bench_gpu import bench_gpu as measure
+    from neft_utils.bench_gpu import format_table
+
+    found = measure()
+    provenance.write_json(ROOT / arguments.out / "bench-gpu.json", found)
+    print(format_table(found))
 
 
 def strip(arguments):

@@ -176,11 +176,12 @@ def per_document_attention(module, query, key, value, attention_mask, cu_seq_len
 
         longest = kwargs["max_length_q"]
         rows = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-        causal = {"window_size": (-1, 0), "enable_gqa": key.shape[1] != query.shape[1]}
+        options = {"window_size": (-1, 0), "scale": scale}
+        if key.shape[1] != query.shape[1]:
+            options["enable_gqa"] = True
         offsets = cu_seq_lens_q.int()
-        return varlen_attn(*rows, offsets, offsets, longest, longest, scale=scale, **causal)[
-            None
-        ], None
+        out = varlen_attn(*rows, offsets, offsets, longest, longest, **options)
+        return out[None], None
     dtype, lengths = query.dtype, cu_seq_lens_q.diff().tolist()
     if query.device.type == "cpu" and query.requires_grad:
         # The bf16 kernel's backward is the slow part; its forward is the faster one.

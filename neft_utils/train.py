@@ -202,6 +202,9 @@ def build_trainer(model, tokenizer, encoded, recipe, seed, callbacks, folder):
             train_dataset=Dataset.from_list(encoded),
         )
     trainer.micro_batch_tokens = recipe.micro_batch_tokens
+    for parameter in trainer.model.parameters():  # TRL makes them bf16 on a 4-bit base
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     trainer.remove_callback(PrinterCallback)  # rows go to train_log.csv
     return trainer
 

@@ -17,13 +17,9 @@ from neft_utils import provenance
 from neft_utils.config import BASE, NOTEBOOKS, STEPS, ConfigError
 from neft_utils.provenance import ROOT
 
-# Freed memory stays with the process instead of going back to the kernel, which would have to
-# clear it again: tensors of more than 32 MB come and go at every step. glibc and torch read these.
-KEEP_MEMORY = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "17179869184",
-    "THP_MEM_ALLOC_ENABLE": "1",
-}
+# oneDNN keeps the code that it made for every shape of matrix it met, 1,024 by default; rows of
+# a new length bring two dozen shapes of 0.6 MB, which fill gigabytes within a run.
+ONEDNN = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
 
 
 def one_line(error):
@@ -142,7 +138,7 @@ def run_all(profile, reference, paths, count, lock):
     environment = dict(os.environ, PYTHONHASHSEED="0", TOKENIZERS_PARALLELISM="false")
     if profile.device == "cpu":  # two threads of one run fight as soon as anything else runs
         environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        environment |= {**KEEP_MEMORY, **os.environ}
+        environment |= ONEDNN
     command = [
         sys.executable,
         "-m",

@@ -303,6 +303,11 @@ def test_bench_without_data_says_what_to_run(nano, tmp_path):
     assert done.returncode == 1 and "run notebook 01 first" in done.stderr
 
 
+def test_the_gpu_bench_without_a_gpu_says_so(nano):
+    done = neft(nano[0], "bench-gpu")
+    assert done.returncode == 1 and "error: make bench-gpu needs a CUDA GPU" in done.stderr
+
+
 def test_two_at_once_are_refused(nano):
     import fcntl
 
