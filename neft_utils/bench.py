@@ -54,8 +54,9 @@ ROWS = [
 
 def spread(values):
     """{"median", "low", "high"} of repeats."""
-    values = [round(float(value), 2) for value in values]
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+    values = [float(value) for value in values]
+    found = {"median": statistics.median(values), "low": min(values), "high": max(values)}
+    return {name: round(value, 2) for name, value in found.items()}
 
 
 def bench(profile, reference, paths, steps=6, say=print):

@@ -22,6 +22,20 @@ def nano():
     return m.load_base(NANO, "bf16").float()
 
 
+@pytest.fixture
+def lively():
+    """The nano model with weights large enough that its answers depend on what they follow.
+
+    As initialised it repeats one byte for ever, whatever the prompt.
+    """
+    model = m.load_base(NANO, "bf16").float()
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.3 if "proj" in name else 1.0)
+    return model
+
+
 @pytest.fixture(scope="module")
 def encoded(tokenizer):
     rows = [("Hi", "Good day to you."), ("Two and two?", "Four"), ("Say a lot", "well " * 30)]
@@ -102,13 +116,34 @@ def test_a_model_that_is_not_there_says_so(model, message):
         m.model_folder(model)
 
 
-def test_batched_answers_equal_single_ones(nano, tokenizer):
+def test_batched_answers_equal_single_ones(lively, tokenizer):
     prompts = ["Hi", "A much longer prompt than the first one", "Why?", "Name three colours"]
     options = {"max_new_tokens": 24, "repetition_penalty": 1.2}
-    together = generate.answer(nano, tokenizer, prompts, batch_size=4, **options)
-    alone = generate.answer(nano, tokenizer, prompts, batch_size=1, **options)
+    together = generate.answer(lively, tokenizer, prompts, batch_size=4, **options)
+    alone = generate.answer(lively, tokenizer, prompts, batch_size=1, **options)
     assert together == alone
-    assert nano.config._attn_implementation == m.ATTENTION
+    assert len({row["text"] for row in together}) == 4
+
+
+def test_rows_that_end_leave_the_batch_and_change_no_other(lively, tokenizer, monkeypatch):
+    """Many stop ids, so that the random model's answers end all over the place."""
+    stops = list(range(0, 258, 16))
+    monkeypatch.setattr(generate, "stop_ids", lambda model, tokenizer: stops)
+    batches = []
+    forward = type(lively).forward
+    monkeypatch.setattr(
+        type(lively),
+        "forward",
+        lambda self, **kwargs: batches.append(len(kwargs["input_ids"])) or forward(self, **kwargs),
+    )
+    prompts = [f"{word} of number {n}" for n in range(6) for word in ("Tell me", "Sing", "A")]
+    options = {"max_new_tokens": 40, "repetition_penalty": 1.2}
+    together = generate.answer(lively, tokenizer, prompts, batch_size=18, **options)
+    sizes = list(batches)
+    assert together == [
+        generate.answer(lively, tokenizer, [p], batch_size=1, **options)[0] for p in prompts
+    ]
+    assert len({row["n_tokens"] for row in together}) > 4 and sizes[0] == 18 and sizes[-1] < 9
 
 
 def test_the_penalty_is_transformers_but_for_exempt_ids():
@@ -130,18 +165,20 @@ def test_length_counts_to_the_first_end_of_turn(tokenizer, tokens, expected):
     assert (one["n_tokens"], one["stopped"]) == expected
 
 
-def test_greedy_answers_follow_the_arg_max(nano, tokenizer):
+def test_greedy_answers_follow_the_arg_max(lively, tokenizer):
     """Without penalty an answer is the arg max of the padded-free forward, token by token."""
     ids = m.prompt_ids(tokenizer, "Hi")
     text = generate.answer(
-        nano, tokenizer, ["Hi"], max_new_tokens=8, batch_size=1, repetition_penalty=1.0
+        lively, tokenizer, ["Hi"], max_new_tokens=8, batch_size=1, repetition_penalty=1.0
     )[0]
-    nano.set_attn_implementation("sdpa")
+    lively.set_attn_implementation("sdpa")
     new = []
     with torch.no_grad():
         for _ in range(8):
-            logits = nano(input_ids=torch.tensor([ids + new])).logits[0, -1]
+            logits = lively(input_ids=torch.tensor([ids + new])).logits[0, -1]
             new.append(int(logits.argmax()))
+            if new[-1] in generate.stop_ids(lively, tokenizer):
+                break
     assert text["text"] == tokenizer.decode(new, skip_special_tokens=True)
 
 
