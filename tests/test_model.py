@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import RepetitionPenaltyLogitsProcessor
+from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from neft_utils import generate
 from neft_utils import model as m
@@ -123,6 +123,26 @@ def test_batched_answers_equal_single_ones(lively, tokenizer):
     alone = generate.answer(lively, tokenizer, prompts, batch_size=1, **options)
     assert together == alone
     assert len({row["text"] for row in together}) == 4
+
+
+def test_answers_equal_those_of_transformers_generate(lively, tokenizer):
+    prompts = ["Hi", "A much longer prompt than the first one", "Why?", "Name three colours"]
+    ours = generate.answer(lively, tokenizer, prompts, batch_size=4, max_new_tokens=24)
+    stops = generate.stop_ids(lively, tokenizer)
+    penalty = generate.RepetitionPenalty(1.2, [*stops, tokenizer.pad_token_id])
+    lively.set_attn_implementation("sdpa")
+    for prompt, one in zip(prompts, ours, strict=True):
+        ids = torch.tensor([m.prompt_ids(tokenizer, prompt)])
+        out = lively.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=24,
+            logits_processor=LogitsProcessorList([penalty]),
+            eos_token_id=stops,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        assert one == generate._first_turn(tokenizer, out[0, ids.shape[1] :].tolist(), stops)
 
 
 def test_rows_that_end_leave_the_batch_and_change_no_other(lively, tokenizer, monkeypatch):
