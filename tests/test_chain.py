@@ -293,6 +293,11 @@ def test_bench_times_all_rows_on_the_same_examples(nano):
         assert row["peak_memory_gb"] > 0 and row["load_seconds"] > 0
     losses = [row["loss"] for row in rows.values()]
     assert max(losses) - min(losses) < 0.1  # the same rows, steps and recipe
+    wanted = {"generation_ratio": (15, ">= "), "noise_overhead_percent": (0.5, "<= ")}
+    for key, (goal, sense) in wanted.items():
+        line = next(x for x in done.stdout.splitlines() if f"`{key}`" in x)
+        reached = found[key] >= goal if sense == ">= " else found[key] <= goal
+        assert line.endswith("missed |") != reached
     for name in (*speed, "noise_overhead_percent", "generation_ratio", "forward_ratio"):
         assert name in done.stdout
 
