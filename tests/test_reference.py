@@ -101,6 +101,9 @@ def test_no_prompt_weight_or_machine_path_is_promoted(stored):
         assert path.suffix not in (".safetensors", ".gguf", ".whl", ".pt")
         if path.suffix in (".json", ".csv", ".jsonl", ".md", ".ipynb"):
             text = path.read_text("utf-8")
+            if path.name == "generations.jsonl":  # a model may well write of /Users/
+                rows = [json.loads(line) for line in text.splitlines()]
+                text = json.dumps([{**row, "text": ""} for row in rows])
             assert not re.search(r"(?<![\w.])/(?:home|root|work|Users|mnt|tmp)/", text), path
 
 
