@@ -270,7 +270,6 @@ def bench(arguments):
     found = measure(profile, reference, paths, arguments.steps)
     provenance.write_json(ROOT / paths.out / "bench.json", found)
     print(table(found))
-    return 0
 
 
 def bench_gpu(arguments):

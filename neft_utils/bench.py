@@ -187,13 +187,64 @@ def _launch(row, reference, out, steps):
 # --------------------------------------------------------------------- in a process of its own
 
 
+def trl_trainer(model, tokenizer, encoded, recipe, seed, folder, noise_alpha, **options):
+    """Plain TRL with its own NEFTune flag and our recipe's LoRA.
+
+    options: SFTConfig's; what neither they nor this function name is TRL's default.
+    """
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    return SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            output_dir=str(folder),
+            seed=seed,
+            data_seed=seed,
+            num_train_epochs=1,
+            learning_rate=recipe.learning_rate,
+            max_length=None,
+            completion_only_loss=True,
+            neftune_noise_alpha=noise_alpha,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            **options,
+        ),
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_list(encoded),
+        peft_config=LoraConfig(
+            r=recipe.lora_rank,
+            lora_alpha=recipe.lora_alpha,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        ),
+    )
+
+
+def batch_token_counts(trainer, padded_batch):
+    """A list that gets (real, padded) tokens of every batch that the trainer collates.
+
+    Padded is what groups of `padded_batch` examples cost when padded to their longest.
+    """
+    sizes, collate = [], trainer.data_collator
+
+    def counted(features):
+        lengths = [len(one["input_ids"]) for one in features]
+        groups = (lengths[i : i + padded_batch] for i in range(0, len(lengths), padded_batch))
+        sizes.append((sum(lengths), sum(len(group) * max(group) for group in groups)))
+        return collate(features)
+
+    trainer.data_collator = counted
+    return sizes
+
+
 def _process(task):
     warnings.simplefilter("ignore")
     import torch
-    from datasets import Dataset
-    from peft import LoraConfig
     from transformers import TrainerCallback
-    from trl import SFTConfig, SFTTrainer
 
     from neft_utils import data, model, train
     from neft_utils.config import Paths, load_profile
@@ -207,7 +258,7 @@ def _process(task):
     examples = data.load_split(paths.processed, f"train-s{seed}") * task["steps"]
     encoded = [model.encode(tokenizer, one) for one in examples[: BATCH * task["steps"]]]
     folder, number = Path(task["folder"]), task["number"]
-    sizes, seconds = [], []  # of each step: (real, padded) tokens; time
+    seconds = []  # of each step
 
     class Clock(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
@@ -227,50 +278,25 @@ def _process(task):
             tuned, tokenizer, encoded, recipe, seed, [NEFTuneCallback(row.noise_alpha)], folder
         )
     else:
-        options = {}
-        if row.kind == "trl":
-            options["gradient_checkpointing"] = False
-        trainer = SFTTrainer(
-            model=str(model.model_folder(profile.model)),
-            args=SFTConfig(
-                output_dir=str(folder),
-                seed=seed,
-                data_seed=seed,
-                per_device_train_batch_size=BATCH,
-                num_train_epochs=1,
-                learning_rate=recipe.learning_rate,
-                lr_scheduler_type="cosine",
-                warmup_steps=round(recipe.warmup_fraction * task["steps"]),
-                max_length=None,
-                completion_only_loss=True,
-                neftune_noise_alpha=row.noise_alpha,
-                use_cpu=True,
-                dataloader_pin_memory=False,
-                logging_steps=1,
-                save_strategy="no",
-                report_to=[],
-                disable_tqdm=True,
-                **options,
-            ),
-            processing_class=tokenizer,
-            train_dataset=Dataset.from_list(encoded),
-            peft_config=LoraConfig(
-                r=recipe.lora_rank,
-                lora_alpha=recipe.lora_alpha,
-                target_modules="all-linear",
-                task_type="CAUSAL_LM",
-            ),
+        off = {"gradient_checkpointing": False} if row.kind == "trl" else {}
+        trainer = trl_trainer(
+            str(model.model_folder(profile.model)),
+            tokenizer,
+            encoded,
+            recipe,
+            seed,
+            folder,
+            noise_alpha=row.noise_alpha,
+            per_device_train_batch_size=BATCH,
+            lr_scheduler_type="cosine",
+            warmup_steps=round(recipe.warmup_fraction * task["steps"]),
+            use_cpu=True,
+            dataloader_pin_memory=False,
+            **off,
         )
     trained = [p.dtype for p in trainer.model.parameters() if p.requires_grad]
     assert set(trained) == {torch.float32}, "rows differ in the dtype of their adapters"
-    collate = trainer.data_collator
-
-    def counted(features):
-        lengths = [len(one["input_ids"]) for one in features]
-        sizes.append((sum(lengths), len(lengths) * max(lengths)))
-        return collate(features)
-
-    trainer.data_collator = counted
+    sizes = batch_token_counts(trainer, BATCH)
     trainer.add_callback(Clock())
     loaded = time.time() - task["started"]
     trainer.train()

@@ -23,13 +23,12 @@ import pandas as pd
 import torch
 
 from neft_utils import provenance
-from neft_utils.bench import spread
+from neft_utils.bench import NOISE_ALPHA, batch_token_counts, spread, trl_trainer
 
 # What needs peft or trl is imported where it is used: without them the table says so.
 
 ALPACA_LENGTHS = Path(__file__).resolve().parent / "facts" / "alpaca_lengths.csv"
 MAX_TOKENS = 512  # of an example; 2.5 % of the rows in ALPACA_LENGTHS are longer
-NOISE_ALPHA = 5.0
 SEED = 0
 ALPACA_INPUT_TEMPLATE = (
     "Below is an instruction that describes a task, paired with an input that provides further"
@@ -267,40 +266,6 @@ def _recipe(kind, shape):
     )
 
 
-def _trl_trainer(model, tokenizer, encoded, recipe, padded_batch, folder):
-    """TRL as its users write QLoRA with noise; what is not named is its default."""
-    from datasets import Dataset
-    from peft import LoraConfig
-    from trl import SFTConfig, SFTTrainer
-
-    return SFTTrainer(
-        model=model,
-        args=SFTConfig(
-            output_dir=folder,
-            seed=SEED,
-            per_device_train_batch_size=padded_batch,
-            gradient_accumulation_steps=recipe.batch_size // padded_batch,
-            num_train_epochs=1,
-            learning_rate=recipe.learning_rate,
-            completion_only_loss=True,
-            neftune_noise_alpha=NOISE_ALPHA,
-            use_cpu=not torch.cuda.is_available(),
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-        ),
-        processing_class=tokenizer,
-        train_dataset=Dataset.from_list(encoded),
-        peft_config=LoraConfig(
-            r=recipe.lora_rank,
-            lora_alpha=recipe.lora_alpha,
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
-        ),
-    )
-
-
 def _measure(kind, shape, steps, folder):
     from transformers import TrainerCallback
 
@@ -320,11 +285,22 @@ def _measure(kind, shape, steps, folder):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     if kind == "trl":
-        trainer = _trl_trainer(model, tokenizer, encoded, recipe, padded_batch, folder)
+        trainer = trl_trainer(
+            model,
+            tokenizer,
+            encoded,
+            recipe,
+            SEED,
+            folder,
+            noise_alpha=NOISE_ALPHA,
+            per_device_train_batch_size=padded_batch,
+            gradient_accumulation_steps=recipe.batch_size // padded_batch,
+            use_cpu=not cuda,
+        )
     else:
         model, noise = train.lora_model(model, recipe, SEED), NEFTuneCallback(NOISE_ALPHA)
         trainer = train.build_trainer(model, tokenizer, encoded, recipe, SEED, [noise], folder)
-    ends, batches = [], []  # when steps end; (real, padded) tokens of each collated batch
+    ends = []  # when steps end
 
     class Clock(TrainerCallback):
         """From the end of a step to the end of the next: fetching and logging count."""
@@ -334,15 +310,7 @@ def _measure(kind, shape, steps, folder):
                 torch.cuda.synchronize()
             ends.append(time.perf_counter())
 
-    collate = trainer.data_collator
-
-    def counted(features):
-        lengths = [len(one["input_ids"]) for one in features]
-        groups = (lengths[i : i + padded_batch] for i in range(0, len(lengths), padded_batch))
-        batches.append((sum(lengths), sum(len(group) * max(group) for group in groups)))
-        return collate(features)
-
-    trainer.data_collator = counted
+    batches = batch_token_counts(trainer, padded_batch)
     trainer.add_callback(Clock())
     trainer.train()
     peak = round(torch.cuda.max_memory_allocated() / 1e9, 3) if cuda else None
