@@ -200,7 +200,7 @@ CLAIMS = {
         -1,
         "Noise lowers the loss on held-out responses.",
         "The paper shows this loss as a figure only (Figure 5: slightly lower on Evol-Instruct).",
-        "135M parameters and a few thousand training tokens instead of 7B and 20 million.",
+        "135M parameters and tens of thousands of training tokens instead of 7B and 20 million.",
     ),
     "less_overfitting": (
         "gap",
