@@ -185,14 +185,31 @@ def promote(arguments):
     keep_out = shutil.ignore_patterns("adapter", "trainer", "*.log", ".*", "*.failed.ipynb")
     shutil.copytree(paths.results, target, ignore=keep_out)
     _promote_bench(profile, paths, target)
-    for path in target.glob("notebooks/*.ipynb"):  # warnings in outputs name files by full path
-        text = path.read_text("utf-8")
-        provenance.atomic_write_text(path, text.replace(f"{ROOT}{os.sep}", ""))
+    for path in target.glob("notebooks/*.ipynb"):
+        _make_public(path)
     _update_readme(profile.name, target)
     print(
         f"promoted {len(profile.runs()) + 1} runs of {commits.pop()[:12]} to"
         f" {os.path.relpath(target, ROOT)}: commit it"
     )
+
+
+def _make_public(path):
+    """Take rows of the dataset and this machine's paths out of an executed notebook.
+
+    Cells tagged shows-data in the source notebook print rows, which may not be published;
+    warnings name files by their full path.
+    """
+    source = json.loads((NOTEBOOKS / f"{path.stem.split('__')[0]}.ipynb").read_text("utf-8"))
+    private = [
+        c["source"] for c in source["cells"] if "shows-data" in c["metadata"].get("tags", [])
+    ]
+    copy = json.loads(path.read_text("utf-8").replace(f"{ROOT}{os.sep}", ""))
+    note = "rows of the dataset: run this notebook to see them, they are not published\n"
+    for cell in copy["cells"]:
+        if cell["source"] in private:
+            cell["outputs"] = [{"name": "stdout", "output_type": "stream", "text": [note]}]
+    write_notebook(path, copy)
 
 
 def _promote_bench(profile, paths, target):

@@ -95,6 +95,17 @@ def test_executed_copies_ran_in_order(stored):
         assert not any(o.output_type == "error" for cell in code for o in cell.outputs)
 
 
+def test_no_row_of_the_dataset_is_promoted(stored):
+    _, folder = stored
+    hidden = 0
+    for path in (folder / "notebooks").glob("*.ipynb"):
+        for cell in nbformat.read(path, as_version=4).cells:
+            text = "".join(out.get("text", "") for out in cell.get("outputs", []))
+            hidden += "they are not published" in text
+            assert "PROMPT" not in text, path.name
+    assert hidden == 1 + len(list((folder / "notebooks").glob("04_*.ipynb")))
+
+
 def test_no_prompt_weight_or_machine_path_is_promoted(stored):
     _, folder = stored
     for path in folder.rglob("*"):
