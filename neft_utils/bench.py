@@ -103,7 +103,7 @@ GOALS = {  # what the README shows, and the (least, most) that we hold ourselves
     "train_ratio_vs_trl_one_run": ("training, one run of two threads, ours over TRL", 4, None),
     "train_ratio_vs_trl_keep_memory": ("the same, TRL told to keep freed memory", None, None),
     "train_ratio_vs_trl_defaults": ("the same, TRL's true defaults", None, None),
-    "generation_ratio": ("answers, our batches over one by one", 15, None),
+    "generation_ratio": ("answers, all test prompts in one batch over one by one", 15, None),
     "forward_ratio": ("scoring losses over training", 2, None),
     "noise_overhead_percent": ("noise, per cent of a training step", None, 0.5),
     "peak_memory_gb": ("peak memory of one training run, GB", None, 3),
@@ -134,7 +134,7 @@ def table(found):
         )
         for key, text in (
             ("answers_one_by_one", "answers, `generate` one by one"),
-            ("answers", "answers, our batches"),
+            ("answers", "answers, one batch of all test prompts"),
             ("forward", "losses, no gradient"),
         ):
             if key in row:
@@ -247,13 +247,15 @@ def _process(task):
     from transformers import TrainerCallback
 
     from neft_utils import data, model, train
-    from neft_utils.config import Paths, load_profile
+    from neft_utils.config import Paths, Train, load_profile
     from neft_utils.noise import NEFTuneCallback
 
     row, profile = Row(**task["row"]), load_profile(task["profile"])
     torch.set_num_threads(row.threads)
     paths, seed = Paths(profile.name, task["out"]), profile.all_seeds()[0]
-    recipe = dataclasses.replace(profile.train, batch_size=BATCH, epochs=1)
+    # The default of train.micro_batch_tokens; a profile lowers it to run several in little memory.
+    usual = dataclasses.replace(profile.train, micro_batch_tokens=Train.micro_batch_tokens)
+    recipe = dataclasses.replace(usual, batch_size=BATCH, epochs=1)
     tokenizer = model.load_tokenizer(profile.model)
     examples = data.load_split(paths.processed, f"train-s{seed}") * task["steps"]
     encoded = [model.encode(tokenizer, one) for one in examples[: BATCH * task["steps"]]]
@@ -339,11 +341,14 @@ def _one_by_one(profile, tuned, tokenizer, test, encoded):
 
 
 def _answers(profile, tuned, tokenizer, test, encoded):
-    """Tokens/s of all test prompts that the profile asks, in its batches, five times."""
+    """Tokens/s of every test prompt of the profile in one batch, five times.
+
+    The rate grows with the batch: its last long answers are alone in every step.
+    """
     from neft_utils.generate import answer
 
     settings, rates = profile.evaluate, []
-    prompts = [row["prompt"] for row in test[: settings.answer_prompts]]
+    prompts = [row["prompt"] for row in test]
     for _ in range(5):
         started = time.perf_counter()
         answers = answer(
@@ -351,7 +356,7 @@ def _answers(profile, tuned, tokenizer, test, encoded):
             tokenizer,
             prompts,
             max_new_tokens=settings.max_new_tokens,
-            batch_size=settings.answer_batch_size,
+            batch_size=len(prompts),
             repetition_penalty=settings.repetition_penalty,
         )
         rates.append(sum(a["n_tokens"] for a in answers) / (time.perf_counter() - started))
