@@ -9,6 +9,8 @@ RUNS = PROFILE.runs()
 SPLITS = ["pool", "validation", "test", "ood", *(f"train-s{s}" for s in PROFILE.all_seeds())]
 DATA = [f"{P}/{name}.jsonl" for name in SPLITS]
 SCORES = [str(PATHS.run(arm, seed) / "scores.json") for arm, seed in [(BASE, 0), *RUNS]]
+ITEMS = ["losses.csv", "generations.jsonl", "task_items.csv", "perturbed_losses.csv",
+         "stopping.csv", "preferences.csv", "scores.json"]
 MEMORY = int(PROFILE.memory_gb * 1000)
 GPUS = 1 if PROFILE.device == "cuda" else 0
 
@@ -26,6 +28,15 @@ def key(step):
         return step_key(PROFILE, step, wildcards.get("arm"), None if seed is None else int(seed))
 
     return of
+
+
+def control(wildcards):
+    """The control's answers, where answers are cut to the control's length."""
+    arm = PROFILE.control_of(wildcards.arm)
+    seed = int(wildcards.seed)
+    if not PROFILE.evaluate.length_arm_prompts or arm == wildcards.arm:
+        return []
+    return str(PATHS.run(arm, seed) / "generations.jsonl") if (arm, seed) in RUNS else []
 
 
 wildcard_constraints:
@@ -74,10 +85,9 @@ rule finetune:
 
 
 rule evaluate:
-    input: f"{R}/runs/{{arm}}-s{{seed}}/adapter/adapter_model.safetensors", *DATA[1:4],
+    input: f"{R}/runs/{{arm}}-s{{seed}}/adapter/adapter_model.safetensors", *DATA[1:4], control,
     output:
-        *[f"{R}/runs/{{arm}}-s{{seed}}/{name}" for name in ("losses.csv", "generations.jsonl",
-          "task_items.csv", "scores.json")],
+        *[f"{R}/runs/{{arm}}-s{{seed}}/{name}" for name in ITEMS],
         f"{R}/notebooks/04_evaluate__{{arm}}-s{{seed}}.ipynb",
     params: key=key(4),
     resources: mem_mb=MEMORY, gpu=GPUS,
@@ -88,8 +98,7 @@ rule evaluate:
 rule evaluate_base:
     input: *DATA,
     output:
-        *[f"{R}/runs/{BASE}-s0/{name}" for name in ("losses.csv", "generations.jsonl",
-          "task_items.csv", "scores.json", "config.json", "provenance.json")],
+        *[f"{R}/runs/{BASE}-s0/{name}" for name in (*ITEMS, "config.json", "provenance.json")],
         f"{R}/notebooks/04_evaluate__{BASE}-s0.ipynb",
     params: key=step_key(PROFILE, 4, BASE, 0),
     resources: mem_mb=MEMORY, gpu=GPUS,

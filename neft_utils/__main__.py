@@ -14,11 +14,19 @@ import sys
 from pathlib import Path
 
 from neft_utils import provenance
-from neft_utils.config import BASE, NOTEBOOKS, STEPS, ConfigError, Paths, load_profile, step_key
+from neft_utils.config import (
+    BASE,
+    NOTEBOOKS,
+    REFERENCE,
+    STEPS,
+    ConfigError,
+    Paths,
+    load_profile,
+    step_key,
+)
 from neft_utils.provenance import ROOT
 from neft_utils.workflow import estimate, execute, one_line, run_all, workers, write_notebook
 
-REFERENCE = "results/reference"
 FIGURE_STEPS = (0, 2, 6, 5)
 
 
@@ -224,7 +232,7 @@ def _promote_bench(profile, paths, target):
 def _update_readme(name, folder):
     """Write the README's blocks of a profile from its promoted files, where it has them."""
     from neft_utils.bench import table
-    from neft_utils.results import readme_block
+    from neft_utils.claims import readme_block
 
     readme = ROOT / "README.md"
     new = text = readme.read_text("utf-8")

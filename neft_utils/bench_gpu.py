@@ -203,7 +203,9 @@ def format_table(found):
 
 def random_llama(shape, attention, device, four_bit=False):
     """A Llama with random weights on the device: in bf16, or NF4 with double quantisation."""
-    from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from neft_utils.model import nf4_config
 
     vocabulary, hidden, intermediate, layers, heads = SHAPES[shape][:5]
     config = LlamaConfig(
@@ -225,13 +227,7 @@ def random_llama(shape, attention, device, four_bit=False):
         model = LlamaForCausalLM._from_config(config, **options)
     if not four_bit:
         return model
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    options |= {"quantization_config": nf4, "device_map": {"": device}}
+    options |= {"quantization_config": nf4_config(), "device_map": {"": device}}
     weights = model.state_dict()  # both stand on the device for a moment: 13.5 + 3.4 GB
     return LlamaForCausalLM.from_pretrained(None, config=config, state_dict=weights, **options)
 

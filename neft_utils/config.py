@@ -33,7 +33,9 @@ STEPS = {
     6: "06_published_results_revisited",
     7: "07_reuse_in_your_notebook",
 }
+BENCHMARKS = ("openbookqa", "siqa", "asdiv", "mtbench", "gsm8k")  # see neft_utils.benchmarks
 BASE = "base"  # the untrained model, evaluated as run base-s0
+REFERENCE = "results/reference"  # results that `make promote` put under version control
 
 
 class ConfigError(ValueError):
@@ -84,8 +86,23 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Judge:
+    """A model behind an OpenAI-compatible endpoint that compares answers with references."""
+
+    model: str
+    base_url: str = "https://api.openai.com/v1"
+    key_variable: str = "OPENAI_API_KEY"  # environment variable that holds the key, not the key
+    max_usd: float = _at_least(0.0, 5.0)  # of one run; no call is started that may exceed it
+    usd_per_million_in: float = _at_least(0.0, 0.0)
+    usd_per_million_out: float = _at_least(0.0, 0.0)
+    prompts: int = _at_least(1, 805)
+    workers: int = _at_least(1, 8)  # calls at a time
+
+
+@dataclass(frozen=True)
 class Evaluate:
     batch_tokens: int = _at_least(16, 1024)  # tokens per forward when scoring
+    train_rows: int | None = _at_least(1, None)  # how many of its training rows; None: all
     answer_seeds: tuple[int, ...] = (0,)  # runs of these seeds answer the test prompts
     answer_prompts: int = _at_least(1, 32)
     answer_prompts_without_penalty: int = _at_least(0, 0)  # sensitivity row
@@ -93,6 +110,16 @@ class Evaluate:
     max_new_tokens: int = _at_least(1, 256)
     repetition_penalty: float = _at_least(1.0, 1.2)
     repetition_chunk: int = _at_least(2, 50)  # words; the paper's C (Table 4)
+    # Secondary measures, each off at 0 or empty.
+    secondary_seeds: tuple[int, ...] = (0,)  # runs of these seeds get them, and the base does
+    verifiable_per_family: int = _at_least(0, 0)  # composed prompts in each of three families
+    benchmarks: tuple[str, ...] = _one_of(*BENCHMARKS, default=())
+    benchmark_items: int = _at_least(1, 100)  # of each
+    benchmark_generation: bool = False  # also exact match of greedy answers (arithmetic)
+    stability_rows: int = _at_least(0, 0)  # test rows under perturbed weights and prompts
+    train_answer_prompts: int = _at_least(0, 0)  # answers to the run's own training prompts
+    length_arm_prompts: int = _at_least(0, 0)  # the paper's Table 5, at evaluation time
+    judge: Judge | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +129,9 @@ class Arm:
     length: str = _one_of("sequence", "padded", "packed", default="sequence")
     where: str = _one_of("all", "prompt", "response", default="all")
     seeds: tuple[int, ...] | None = None  # None: the profile's
+    nll_only: bool = False  # no answers and no secondary measures
+    control: str | None = None  # arm that it is compared with; None: the profile's control
+    data_fraction: float = _at_least(0.0, 1.0)  # the first share of the seed's training rows
     learning_rate: float | None = _at_least(0.0, None)  # None here and below: the recipe's
     epochs: int | None = _at_least(1, None)
     batch_size: int | None = _at_least(1, None)
@@ -138,6 +168,8 @@ class Profile:
     seeds: tuple[int, ...]
     confirmatory: Confirmatory
     evaluate: Evaluate = Evaluate()
+    # Metric -> how much worse, in the metric's unit, still counts as no worse.
+    margins: dict[str, float] = field(default_factory=dict)
     device: str = _one_of("cpu", "cuda", default="cpu")
     memory_gb: float = _at_least(0.1, 6.0)  # of one run; limits how many run side by side
     speed: Speed = Speed()
@@ -155,7 +187,19 @@ class Profile:
 
     def answers(self, arm, seed):
         """Whether a run's model answers the test prompts."""
-        return arm == BASE or seed in self.evaluate.answer_seeds
+        return arm == BASE or (seed in self.evaluate.answer_seeds and not self.arms[arm].nll_only)
+
+    def secondary(self, arm, seed):
+        """Whether a run gets the secondary measures."""
+        return arm == BASE or (
+            seed in self.evaluate.secondary_seeds and not self.arms[arm].nll_only
+        )
+
+    def data_fraction(self, arm):
+        return 1.0 if arm == BASE else self.arms[arm].data_fraction
+
+    def control_of(self, arm):
+        return self.arms[arm].control or self.confirmatory.control
 
     def recipe(self, arm):
         """The training recipe with what the arm changes."""
@@ -219,6 +263,19 @@ def _check_consistency(profile, where):
         if arm not in profile.arms:
             names = ", ".join(profile.arms)
             raise ConfigError(f"{where}: confirmatory.{role}: {arm!r} is no arm: use {names}")
+    for name, arm in profile.arms.items():
+        if arm.control is not None and arm.control not in profile.arms:
+            names = ", ".join(profile.arms)
+            raise ConfigError(
+                f"{where}: arms.{name}.control: {arm.control!r} is no arm: use {names}"
+            )
+        if not 0 < arm.data_fraction <= 1:
+            raise ConfigError(
+                f"{where}: arms.{name}.data_fraction: {arm.data_fraction:g} must lie in (0, 1]"
+            )
+    for name, margin in profile.margins.items():
+        if margin <= 0:
+            raise ConfigError(f"{where}: margins.{name}: {margin:g} must be positive")
 
 
 def _build(cls, values, where):
@@ -235,7 +292,7 @@ def _build(cls, values, where):
     for key, spec in fields.items():
         if key in values:
             out[key] = _convert(hints[key], values[key], f"{where}: {key}", spec.metadata)
-        elif spec.default is dataclasses.MISSING:
+        elif dataclasses.MISSING is spec.default is spec.default_factory:
             raise ConfigError(f"{where}: key {key!r} is missing")
     return cls(**out)
 
@@ -258,7 +315,8 @@ def _convert(hint, value, where, limits):
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list):
             raise ConfigError(f"{where}: expected a list, not {value!r}")
-        items = tuple(_convert(arguments[0], v, where, {"low": 0}) for v in value)
+        each = {"low": 0} if arguments[0] is int else limits
+        items = tuple(_convert(arguments[0], v, where, each) for v in value)
         if len(set(items)) != len(items):
             raise ConfigError(f"{where}: {value!r} names something twice")
         return items
@@ -329,12 +387,14 @@ def step_key(profile, step, arm=None, seed=None):
         1: (profile.model, profile.data, profile.all_seeds()),
         2: (profile.model, profile.arms),
         3: (profile.model, profile.train, profile.arms.get(arm), seed),
-        4: (profile.model, profile.evaluate, arm, seed),
+        4: (profile.model, profile.evaluate, arm, profile.arms.get(arm), seed),
     }.get(step, profile)
+    facts = sorted(HERE.glob("facts/*")) if step in (5, 6) else []
+    facts = [path.read_text("utf-8") for path in facts]
     pins = (HERE.parent / "requirements.txt").read_text("utf-8")
     pins = [line.split("#")[0].strip() for line in pins.splitlines()]
     code = {name: _code_only(HERE / f"{name}.py") for name in modules}
-    text = json.dumps([cells, code, repr(parts), pins], sort_keys=True)
+    text = json.dumps([cells, code, repr(parts), pins, *facts], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -63,12 +63,21 @@ class _Layer(DynamicLayer):
 
 
 @torch.no_grad()
-def answer(model, tokenizer, prompts, *, max_new_tokens, batch_size, repetition_penalty=1.2):
+def answer(
+    model,
+    tokenizer,
+    prompts,
+    *,
+    max_new_tokens,
+    batch_size,
+    repetition_penalty=1.2,
+    min_new_tokens=0,
+):
     """Greedy answers to user prompts, in order: [{"n_tokens", "stopped", "text"}].
 
     n_tokens counts up to and including the first end of turn, `stopped` says whether there
-    was one within `max_new_tokens`. Prompts are batched by length, padded on the left; rows
-    that have ended leave the batch.
+    was one within `max_new_tokens`; before `min_new_tokens` there can be none. Prompts are
+    batched by length, padded on the left; rows that have ended leave the batch.
     """
     model.eval()
     stops = stop_ids(model, tokenizer)
@@ -80,16 +89,16 @@ def answer(model, tokenizer, prompts, *, max_new_tokens, batch_size, repetition_
     out = [None] * len(encoded)
     for begin in range(0, len(order), batch_size):
         chosen = order[begin : begin + batch_size]
-        new = _decode(
-            model, [encoded[i] for i in chosen], max_new_tokens, penalty, stops, tokenizer
-        )
+        limits = min_new_tokens, max_new_tokens
+        new = _decode(model, [encoded[i] for i in chosen], limits, penalty, stops, tokenizer)
         for i, tokens in zip(chosen, new, strict=True):
             out[i] = _first_turn(tokenizer, tokens, stops)
     return out
 
 
-def _decode(model, prompts, max_new_tokens, penalty, stops, tokenizer):
-    """The new token ids of each prompt, at least up to its first stop id."""
+def _decode(model, prompts, limits, penalty, stops, tokenizer):
+    """The new token ids of each prompt, at least up to its first stop id; limits: (min, max)."""
+    min_new_tokens, max_new_tokens = limits
     device = next(model.parameters()).device
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width + max_new_tokens), tokenizer.pad_token_id)
@@ -122,6 +131,8 @@ def _decode(model, prompts, max_new_tokens, penalty, stops, tokenizer):
         logits = logits.float()
         if penalty is not None:
             logits = penalty(ids[:, :end], logits)
+        if end - width < min_new_tokens:
+            logits[:, stop] = -torch.inf
         token = logits.argmax(1)
         ids[:, end] = token
         for row, value in zip(rows.tolist(), token.tolist(), strict=True):

@@ -91,18 +91,21 @@ def _convert_gguf(folder):
 
 
 def _quantize_once(plain, folder):
+    options = {"quantization_config": nf4_config(), "local_files_only": True}
+    model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.bfloat16, **options)
+    _save(model.dequantize(), AutoTokenizer.from_pretrained(plain), folder)
+
+
+def nf4_config():
+    """QLoRA's storage (Dettmers et al., arXiv 2305.14314): NF4, scales quantised too."""
     from transformers import BitsAndBytesConfig
 
-    nf4 = BitsAndBytesConfig(
+    return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    model = AutoModelForCausalLM.from_pretrained(
-        plain, dtype=torch.bfloat16, quantization_config=nf4, local_files_only=True
-    )
-    _save(model.dequantize(), AutoTokenizer.from_pretrained(plain), folder)
 
 
 def _save(model, tokenizer, folder):
@@ -169,14 +172,7 @@ def load_base(model, base_weights=None):
     if torch.cuda.is_available():
         options["device_map"] = {"": 0}
     if base_weights == "nf4":
-        from transformers import BitsAndBytesConfig
-
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
+        options["quantization_config"] = nf4_config()
     folder = model_folder(model, base_weights)
     loaded = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
     return loaded.eval()

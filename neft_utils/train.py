@@ -69,10 +69,9 @@ class PaddingFreeTrainer(SFTTrainer):
     """SFTTrainer whose loss computes nothing for padding and no logits for prompt tokens.
 
     A step's examples come as one row; forward and backward take it in parts of at most
-    `micro_batch_tokens` tokens, so that memory is bounded by tokens, not by examples.
+    `micro_batch_tokens` tokens (set by `build_trainer`): memory is bounded by tokens, not by
+    examples.
     """
-
-    micro_batch_tokens = 2048
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if return_outputs:
@@ -209,6 +208,12 @@ def build_trainer(model, tokenizer, encoded, recipe, seed, callbacks, folder):
     return trainer
 
 
+def train_rows(profile, arm, seed, paths):
+    """The rows that a run trains on: the seed's subset, or the arm's first share of it."""
+    rows = data.load_split(paths.processed, f"train-s{seed}")
+    return rows[: max(1, round(len(rows) * profile.data_fraction(arm)))]
+
+
 def finetune(profile, arm, seed, paths, say=print):
     """Train one run and write its folder; returns the run's folder.
 
@@ -219,7 +224,7 @@ def finetune(profile, arm, seed, paths, say=print):
     started = time.perf_counter()
     recipe, change, run = profile.recipe(arm), profile.arms[arm], paths.run(arm, seed)
     tokenizer = load_tokenizer(profile.model)
-    encoded = [encode(tokenizer, row) for row in data.load_split(paths.processed, f"train-s{seed}")]
+    encoded = [encode(tokenizer, row) for row in train_rows(profile, arm, seed, paths)]
     validation = [encode(tokenizer, row) for row in data.load_split(paths.processed, "validation")]
     model = lora_model(load_base(profile.model), recipe, seed)
     callback = NEFTuneCallback(

