@@ -84,6 +84,16 @@ def rouge_l(text: str, reference: str) -> float:
     return float(_rouge_scorer().score(reference, text)["rougeL"].fmeasure)
 
 
+def bleu(text: str, reference: str) -> float:
+    """Sentence BLEU of one answer against one reference, 0 to 1 (paper, Section 5.1).
+
+    Papineni et al. 2002, n-grams up to 4 with brevity penalty, by `sacrebleu` with its default
+    tokeniser and exponential smoothing; only the n that the answer is long enough for count. The
+    paper names no implementation, so compare arms, not its figures. 0 if either side is empty.
+    """
+    return float(_bleu_scorer().sentence_score(text, [reference]).score) / 100
+
+
 def stop_rate(stopped: Sequence[bool]) -> float:
     """Share (0 to 1) of answers that ended by themselves rather than at the token limit.
 
@@ -105,11 +115,12 @@ def summarise_answers(
     chunk: words looked at for repetition and diversity.
 
     Returns n (answers), n_tokens and n_tokens_median, chars and words (means per answer),
-    stop_rate (0-1), two_gram_repetition (percent) and log_diversity (variant "paper"), both over
-    the first `chunk` words of n_chunks answers that are long enough (else NaN), and rouge_l (mean,
-    0-1; NaN without references). Raises ValueError, naming set and example_id, for a number that
-    is not finite, a text that is no string, a repeated row or a missing reference, and for no rows
-    or several decodings at once.
+    stop_rate (0-1); over the first `chunk` words of n_chunks answers that are long enough (else
+    NaN) two_gram_repetition (percent), log_diversity (variant "paper"), log_diversity_textbook and
+    distinct_2 (0-1, pooled, so it falls as n_chunks grows); and rouge_l and bleu (means, 0-1; NaN
+    without references). Raises ValueError, naming set and example_id, for a number that is not
+    finite, a text that is no string, a repeated row or a missing reference, and for no rows or
+    several decodings at once.
     """
     needed = ("set", "example_id", "decoding", "n_tokens", "stopped", "text")
     keys = _keys(generations, needed, "generations")
@@ -123,13 +134,14 @@ def summarise_answers(
     texts = list(generations["text"])
     _refuse([not isinstance(text, str) for text in texts], keys, "text is not a string")
 
-    similarity = nan
+    similarity = {"rouge_l": nan, "bleu": nan}
     if references is not None:
         ids = list(generations["example_id"])
         _refuse([example_id not in references for example_id in ids], keys, "no reference")
-        similarity = _mean(
-            [rouge_l(text, references[i]) for i, text in zip(ids, texts, strict=True)]
-        )
+        pairs = [(text, references[i]) for i, text in zip(ids, texts, strict=True)]
+        for name, measure in (("rouge_l", rouge_l), ("bleu", bleu)):
+            similarity[name] = _mean([measure(*pair) for pair in pairs])
+    chunks = [" ".join(words) for words in _first_words(texts, chunk)]
     repetition, n_chunks = two_gram_repetition(texts, chunk)
     return {
         "n": len(texts),
@@ -139,9 +151,11 @@ def summarise_answers(
         "words": _mean([word_count(text) for text in texts]),
         "stop_rate": stop_rate(stopped),
         "two_gram_repetition": repetition,
-        "log_diversity": log_diversity(map(" ".join, _first_words(texts, chunk))),
+        "log_diversity": log_diversity(chunks),
+        "log_diversity_textbook": log_diversity(chunks, "textbook"),
+        "distinct_2": distinct_n(chunks, 2),
         "n_chunks": n_chunks,
-        "rouge_l": similarity,
+        **similarity,
     }
 
 
@@ -217,3 +231,11 @@ def _rouge_scorer():
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rougeL"], use_stemmer=True)
+
+
+@lru_cache(maxsize=1)
+def _bleu_scorer():
+    """One scorer for all answers. Imported late, as nothing else needs sacrebleu."""
+    from sacrebleu.metrics import BLEU
+
+    return BLEU(effective_order=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from math import isnan, log, nan
+from math import exp, isnan, log, nan
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +154,19 @@ def test_rouge_l_by_hand():
     assert metrics.rouge_l("b a", "a b") == pytest.approx(0.5)  # order counts
 
 
+def test_bleu_by_hand():
+    # All n-grams match up to n = 3, half the length: brevity penalty exp(1 - 6/3).
+    half = metrics.bleu("the cat sat", "the cat sat on the mat")
+    assert half == pytest.approx(exp(-1))
+    # 3 of 4 words, 1 of 3 pairs; no triple of 2 (smoothed to 1/2 of one), no quadruple of 1
+    # (to 1/4 of one); as long as its reference.
+    smoothed = (3 / 4 * 1 / 3 * (1 / 2) / 2 * (1 / 4) / 1) ** (1 / 4)
+    assert metrics.bleu("a b x c", "a b c d") == pytest.approx(smoothed)
+    assert metrics.bleu("Yes.", "Yes.") == pytest.approx(1)  # fewer than four tokens
+    assert metrics.bleu("a b c d e", "a b c d e") == pytest.approx(1)
+    assert metrics.bleu("e f g", "a b c") == metrics.bleu("", "a b") == metrics.bleu("a", "") == 0
+
+
 def test_stop_rate():
     assert metrics.stop_rate([True, False, True, True]) == 0.75
     assert metrics.stop_rate(np.array([False, False])) == 0
@@ -166,6 +179,8 @@ def test_stop_rate():
 def test_summarise_answers_by_hand():
     references = {"x1": "to be or to be too", "x2": "No.", "unused": "..."}
     summary = metrics.summarise_answers(answers(), references, chunk=5)
+    # "Yes." and "No." share the full stop: 1 of 2 tokens, and their pair is smoothed to 1/2.
+    bleu_of_yes = (1 / 2 * 1 / 2) ** (1 / 2)
     expected = {
         "n": 3,
         "n_tokens": 4,
@@ -176,8 +191,12 @@ def test_summarise_answers_by_hand():
         "two_gram_repetition": 25,
         # "to be or to be" without its last n-grams: three pairs, two triples, one quadruple.
         "log_diversity": 20,
+        # With them: 3 of 4 pairs are different, all triples and quadruples.
+        "log_diversity_textbook": -log(1 - 3 / 4),
+        "distinct_2": 3 / 4,
         "n_chunks": 1,
         "rouge_l": (1 + 0 + 0) / 3,
+        "bleu": (1 + bleu_of_yes + 0) / 3,
     }
     assert summary == pytest.approx(expected)
     json.dumps(summary)  # plain numbers
@@ -189,7 +208,10 @@ def test_summary_looks_at_the_first_words_only():
     summary = metrics.summarise_answers(table, None, chunk=6)
     assert summary["log_diversity"] == pytest.approx(metrics.log_diversity(["a b a b a b"]))
     assert summary["log_diversity"] != pytest.approx(metrics.log_diversity([text]))
-    assert isnan(summary["rouge_l"])
+    assert isnan(summary["rouge_l"]) and isnan(summary["bleu"])
+    textbook = metrics.log_diversity(["a b a b a b"], "textbook")
+    assert summary["log_diversity_textbook"] == pytest.approx(textbook)
+    assert summary["distinct_2"] == pytest.approx(2 / 5)
 
 
 def test_summary_of_empty_answers_has_length_zero_and_no_repetition():
@@ -197,7 +219,9 @@ def test_summary_of_empty_answers_has_length_zero_and_no_repetition():
         answers(text=["", " ", "\n"], n_tokens=0), {"x1": "", "x2": ""}, 2
     )
     assert summary["n_tokens"] == summary["words"] == summary["rouge_l"] == summary["n_chunks"] == 0
-    assert isnan(summary["two_gram_repetition"]) and isnan(summary["log_diversity"])
+    assert summary["bleu"] == 0
+    for name in ("two_gram_repetition", "log_diversity", "log_diversity_textbook", "distinct_2"):
+        assert isnan(summary[name]), name
 
 
 def test_summary_survives_the_file_format(tmp_path):
@@ -284,9 +308,8 @@ def test_bad_losses_are_refused_by_name(table, message):
 
 
 def test_importing_the_module_stays_light():
-    code = (
-        "import sys, neft_utils.metrics; print({'torch', 'nltk', 'rouge_score'} & set(sys.modules))"
-    )
+    heavy = {"torch", "nltk", "rouge_score", "sacrebleu"}
+    code = f"import sys, neft_utils.metrics; print({heavy} & set(sys.modules))"
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
