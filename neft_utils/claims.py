@@ -36,7 +36,7 @@ class Claim:
     text: str
     paper: str  # what it reports; {…} is filled from its tables
     note: str  # why ours may differ
-    elsewhere: str = "gpu-small"  # the profile that can answer
+    elsewhere: str = "cpu-long"  # the profile that can answer
     pair: str = "confirmatory"  # which arms, see `arms_of`
     margin: bool = False  # a claim of "no worse": the whole interval within the profile's margin
 

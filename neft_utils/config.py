@@ -273,6 +273,18 @@ def _check_consistency(profile, where):
             raise ConfigError(
                 f"{where}: arms.{name}.data_fraction: {arm.data_fraction:g} must lie in (0, 1]"
             )
+    asked = profile.evaluate
+    if asked.stability_rows and profile.model.base_weights == "nf4":
+        raise ConfigError(
+            f"{where}: evaluate.stability_rows: {asked.stability_rows} needs weights that can be"
+            " changed and restored: use base_weights nf4_dequantized or bf16, or 0"
+        )
+    if 3 * asked.verifiable_per_family > profile.data.test_rows:  # a prompt of its own for each
+        raise ConfigError(
+            f"{where}: evaluate.verifiable_per_family: {asked.verifiable_per_family} needs"
+            f" {3 * asked.verifiable_per_family} test rows, data.test_rows is"
+            f" {profile.data.test_rows}"
+        )
     for name, margin in profile.margins.items():
         if margin <= 0:
             raise ConfigError(f"{where}: margins.{name}: {margin:g} must be positive")

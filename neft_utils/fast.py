@@ -11,8 +11,9 @@ import contextlib
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import Linear as PeftLinear
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 ATTENTION = "per_document"
 HEAD_ROWS = 256  # tokens whose logits are held at once: 256 × 49,152 × (2 + 4) bytes = 75 MB
@@ -194,3 +195,5 @@ def per_document_attention(module, query, key, value, attention_mask, cu_seq_len
 
 
 AttentionInterface.register(ATTENTION, per_document_attention)
+# Without a mask function transformers drops the mask of a padded batch without a word.
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -125,7 +125,7 @@ def test_verdicts_follow_the_effect(shift, words):
     rows = {row["id"]: row for row in claims.ledger(runs, seeds, profile, DECODING)}
     assert rows["confirmatory"]["verdict"].startswith(words)
     assert rows["confirmatory"]["estimate"] == pytest.approx(shift, abs=0.001)
-    assert rows["longer_answers"]["verdict"] == "not testable here (see profile gpu-small)"
+    assert rows["longer_answers"]["verdict"] == "not testable here (see profile cpu-long)"
     assert rows["longer_answers"]["estimate"] is None
     assert rows["few_lines"]["estimate"] == rows["few_lines"]["ci_low"] == 3
     contrast = rows["across_models"]["contrast"]

@@ -73,6 +73,14 @@ BAD = [
     ("confirmatory.metric", "accuracy", "must be one of test_nll"),
     ("train.micro_batch_tokens", 3, "must be at least 16"),
     ("name", "other", "the file's name is the name"),
+    ("arms.neft_a15.control", "plain", "control: 'plain' is no arm: use baseline, neft_a15"),
+    ("arms.neft_a15.data_fraction", 0, "data_fraction: 0 must lie in (0, 1]"),
+    ("arms.neft_a15.data_fraction", 1.5, "data_fraction: 1.5 must lie in (0, 1]"),
+    ("evaluate.benchmarks", ["mmlu"], "must be one of openbookqa, siqa, asdiv, mtbench, gsm8k"),
+    ("evaluate.verifiable_per_family", 9, "9 needs 27 test rows, data.test_rows is 12"),
+    ("evaluate.judge", {"modell": "x"}, "unknown key 'modell': did you mean model?"),
+    ("model.base_weights", "nf4", "use base_weights nf4_dequantized or bf16"),
+    ("margins", {"arithmetic": 0}, "margins.arithmetic: 0 must be positive"),
 ]
 
 

@@ -166,6 +166,21 @@ def test_rows_that_end_leave_the_batch_and_change_no_other(lively, tokenizer, mo
     assert len({row["n_tokens"] for row in together}) > 4 and sizes[0] == 18 and sizes[-1] < 9
 
 
+def test_generate_of_transformers_reads_no_padding(lively, tokenizer):
+    """Who calls `generate` on our models with a padded batch gets what single prompts get."""
+    prompts = [m.prompt_ids(tokenizer, text) for text in ("Tell me of the sea", "Hi", "Why so?")]
+    width = max(map(len, prompts))
+    ids = torch.tensor([[1] * (width - len(one)) + one for one in prompts])
+    mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in prompts])
+    options = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6, "pad_token_id": 1}
+    together = lively.generate(input_ids=ids, attention_mask=mask, **options)
+    for row, one in zip(together, prompts, strict=True):
+        alone = lively.generate(
+            input_ids=torch.tensor([one]), attention_mask=torch.ones(1, len(one)), **options
+        )
+        assert row[width:].tolist() == alone[0, len(one) :].tolist()
+
+
 def test_no_answer_ends_before_its_minimum(lively, tokenizer, monkeypatch):
     """As transformers' min_new_tokens: the end of turn cannot be chosen before, but right after."""
     stops = list(range(0, 258, 8))
