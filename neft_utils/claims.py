@@ -20,6 +20,7 @@ from neft_utils.results import (
     contrast,
     contrasts,
     digits_of,
+    length_views,
     load_runs,
     main_markdown,
     main_table,
@@ -49,11 +50,11 @@ CLAIMS = {
 
 def arms_of(pair, profile):
     """(treatment, [controls]) of a kind of contrast, or None where the profile has no such arms."""
-    treatment, control = profile.confirmatory.treatment, profile.confirmatory.control
+    treatment, control = _confirmatory(profile)
     noisy = {n: a for n, a in profile.arms.items() if a.noise_alpha > 0}
     plain = [n for n, a in profile.arms.items() if a.noise_alpha == 0 and n != control]
     whole = [n for n, a in noisy.items() if a.data_fraction == 1 and _only_alpha(a)]
-    if pair == "confirmatory":
+    if pair in ("confirmatory", "equal_length"):
         return treatment, [control]
     if pair == "low_data":
         small = [n for n, a in noisy.items() if a.data_fraction < 1]
@@ -74,6 +75,10 @@ def arms_of(pair, profile):
     return None
 
 
+def _confirmatory(profile):
+    return profile.confirmatory.treatment, profile.confirmatory.control
+
+
 def _only_alpha(arm):
     changed = (arm.learning_rate, arm.epochs, arm.batch_size, arm.lora_rank, arm.lora_dropout)
     usual = (arm.distribution, arm.length, arm.where) == ("uniform", "sequence", "all")
@@ -85,7 +90,13 @@ def ledger(runs, seeds, profile, decoding):
     found, arms = {}, {}
     for name, claim in CLAIMS.items():
         pair = arms[name] = arms_of(claim.pair, profile)
-        if claim.pair == "lines":
+        if claim.pair == "equal_length":
+            # The form was fixed beforehand: AlpacaEval's. The other views are in length_views.csv.
+            views = length_views(runs, *_confirmatory(profile))
+            values = views[views["view"] == "tanh"].estimate.dropna()
+            if len(values):
+                found[name] = stats.seed_interval(values.to_numpy())
+        elif claim.pair == "lines":
             count = float(lines_to_add())
             found[name] = stats.Interval(count, count, count, 0.0, math.inf, 1, 1, 0.0)
         elif pair is not None:
@@ -227,9 +238,11 @@ def write_tables(profile, runs, paths):
     main = main_table(seeds, arms)
     table = contrasts(runs, seeds, profile, decoding)
     rows = ledger(runs, seeds, profile, decoding)
-    for name, frame in (("by_seed", seeds), ("main", main), ("contrasts", table)):
+    views = length_views(runs, *_confirmatory(profile))
+    frames = {"by_seed": seeds, "main": main, "contrasts": table, "length_views": views}
+    for name, frame in frames.items():
         provenance.write_csv(paths.tables / f"{name}.csv", frame)
     provenance.atomic_write_text(paths.tables / "main.md", main_markdown(main))
     provenance.atomic_write_text(paths.tables / "claims.md", claims_markdown(rows))
     provenance.write_json(paths.results / "claims.json", rows)
-    return {"by_seed": seeds, "main": main, "contrasts": table, "claims": rows}
+    return {**frames, "claims": rows}

@@ -11,7 +11,7 @@ import math
 
 import pandas as pd
 
-from neft_utils import stats
+from neft_utils import length_control, stats
 from neft_utils.config import REFERENCE, ConfigError, Paths, load_profile
 from neft_utils.data import read_jsonl
 
@@ -242,6 +242,38 @@ def contrasts(runs, seeds, profile, decoding):
                     }
                 )
     return pd.DataFrame(rows)
+
+
+def length_views(runs, treatment, control):
+    """Judged preference with length answered every way: DataFrame view, seed, estimate (points).
+
+    Treatment minus control per seed: `raw`, the forms of `length_control` at equal length,
+    `matched_0.5`, and the arms of the paper's Table 5: the control asked for or forced to long
+    answers, the treatment's answers cut to the control's, each minus the plain control. Empty
+    without a judge's preferences.
+    """
+    rows = []
+    for seed in _common_seeds(runs, (treatment, control)):
+        judged = [runs[arm, seed]["preferences"] for arm in (control, treatment)]
+        if any(one.empty for one in judged):
+            continue
+        plain = [
+            one[one["set"] == "test"].rename(columns={"example_id": "prompt_id"}) for one in judged
+        ]
+        pairs = length_control.pair_arms(*plain)
+        rows.append(("raw", seed, length_control.raw_difference(pairs)["estimate"]))
+        for form in length_control.FORMS:
+            low, high = length_control.win_rates_at_equal_length(pairs, form)[0]
+            rows.append((form, seed, high - low))
+        matched = length_control.length_matched(pairs, [0.5]).iloc[0]
+        rows.append(("matched_0.5", seed, matched.estimate))
+        base = plain[0].set_index("prompt_id").preference
+        for name in ("test_long_prompt", "test_min_tokens", "test_cut"):
+            side = judged[name == "test_cut"]
+            other = side[side["set"] == name].set_index("example_id").preference
+            if len(other):
+                rows.append((name, seed, 100 * (other - base).mean()))
+    return pd.DataFrame(rows, columns=["view", "seed", "estimate"])
 
 
 # -------------------------------------------------------------------------------- writing

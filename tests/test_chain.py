@@ -76,6 +76,17 @@ def nano(tmp_path_factory):
     return folder, folder / "results" / "local" / "nano", done
 
 
+SCORED = {
+    "losses.csv",
+    "generations.jsonl",
+    "task_items.csv",
+    "perturbed_losses.csv",
+    "stopping.csv",
+    "preferences.csv",
+    "scores.json",
+}
+
+
 def test_the_chain_writes_every_file(nano):
     _, results, _ = nano
     for arm, seed in [("baseline", 0), ("baseline", 1), ("neft_a15", 0), ("neft_a15", 1)]:
@@ -87,20 +98,10 @@ def test_the_chain_writes_every_file(nano):
             "train_log.csv",
             "noise.json",
             "adapter",
-            "losses.csv",
-            "generations.jsonl",
-            "task_items.csv",
-            "scores.json",
+            *SCORED,
         }
     base = {path.name for path in (results / "runs" / "base-s0").iterdir()}
-    assert base == {
-        "config.json",
-        "provenance.json",
-        "losses.csv",
-        "generations.jsonl",
-        "task_items.csv",
-        "scores.json",
-    }
+    assert base == {"config.json", "provenance.json", *SCORED}
     for name in (
         "claims.json",
         "manifest.json",
@@ -112,7 +113,7 @@ def test_the_chain_writes_every_file(nano):
     ):
         assert (results / name).stat().st_size > 0
     figures = {path.name for path in (results / "figures").iterdir()}
-    for stem in ("02_noise_energy", "05_confirmatory", "05_learning_curves", "05_answer_length"):
+    for stem in ("02_noise_energy", "05_confirmatory", "05_learning_curves", "05_ledger"):
         assert {f"{stem}.png", f"{stem}.svg"} <= figures
 
 

@@ -132,6 +132,37 @@ def test_verdicts_follow_the_effect(shift, words):
     assert contrast is None and rows["confirmatory"]["contrast"] == "neft_a15 - baseline"
 
 
+def judged_runs(taste, seeds=3, n=600):
+    """Runs whose judge likes length; the treatment is longer, and better by `taste` logits."""
+    rng, runs = np.random.default_rng(1), {}
+    columns = tasks.ITEM_COLUMNS["preferences.csv"]
+    for seed in range(seeds):
+        reference = rng.integers(700, 1200, n)
+        for arm, longer in (("baseline", 0), ("neft_a15", 120)):
+            chars = reference + rng.normal(longer, 150, n).astype(int)
+            term = np.tanh((chars - reference) / (chars - reference).std())
+            logit = 2 * term + taste * (arm == "neft_a15")
+            wins = 1.0 * (rng.random(n) < 1 / (1 + np.exp(-logit)))
+            rows = zip(["test"] * n, map(str, range(n)), *[wins] * 3, chars, reference, strict=True)
+            table = pd.DataFrame(rows, columns=columns)
+            runs[arm, seed] = made_run({"a": 1.0}, preferences=table)
+    return runs
+
+
+@pytest.mark.parametrize("taste, better", [(0.0, False), (1.0, True)])
+def test_longer_alone_is_not_better_at_equal_length(taste, better):
+    profile, runs = config.load_profile("nano"), judged_runs(taste)
+    views = results.length_views(runs, "neft_a15", "baseline")
+    means = views.groupby("view").estimate.mean()
+    assert means["raw"] > 5 and (means["tanh"] > 10) == better and abs(means["tanh"]) < 30
+    assert {"pooled_tanh", "log_ratio", "pooled_log_ratio", "matched_0.5"} <= set(means.index)
+    seeds = results.by_seed(runs, DECODING)
+    rows = {row["id"]: row for row in claims.ledger(runs, seeds, profile, DECODING)}
+    assert rows["beyond_length"]["verdict"].startswith("detected") == better
+    assert rows["better_answers"]["verdict"].startswith("detected")
+    assert results.length_views(some_runs(0), "neft_a15", "baseline").empty
+
+
 def test_no_worse_is_said_only_within_the_margin():
     near = stats.Interval(-0.01, -0.03, 0.01, 0.01, 9, 10, 50, 0.03)
     assert claims._no_worse(near, 0.05, "nats", "w") == "w; no worse than −0.05 nats"

@@ -192,6 +192,9 @@ def test_figures_exist_as_png_and_svg(stored):
         "05_answer_length",
         "05_ledger",
         "05_false_alarms",
+        "06_leaderboard",
+        "06_length_control",
+        "06_length_change",
     ):
         assert {f"{stem}.png", f"{stem}.svg"} <= names
 
