@@ -266,10 +266,9 @@ def leaderboard(pairs, labels):
         bars = axis.bar(places + shift, heights, 0.38, color=colour, label=kind.replace("_", "-"))
         axis.bar_label(bars, fmt="%+.1f", fontsize=9)
     axis.set_xticks(places, labels)
-    axis.set(
-        ylabel="win rate with noise minus without (points)",
-        title="Controlling for length removes most of the published Alpaca gain",
-    )
+    left = pairs[0]["length_controlled"][2] / pairs[0]["raw"][2]
+    title = f"{labels[0].splitlines()[0]}: {left:.0%} of the raw gain is left at equal length"
+    axis.set(ylabel="win rate with noise minus without (points)", title=_wrapped(title))
     axis.legend()
     return figure
 
