@@ -217,6 +217,7 @@ def verdict(
     unit: str = "",
     claimed: int = 0,
     adjusted_p: float | None = None,
+    margin: float | None = None,
 ) -> str:
     """The only place where results become words.
 
@@ -224,18 +225,28 @@ def verdict(
     the smallest detectable effect; "not testable here (see profile y)" with y = elsewhere if
     testable is False or there is no interval. claimed: sign of the effect that a claim predicts
     (0: none); an effect of the other sign is "detected, opposite to the claim". adjusted_p: from
-    `holm`; at 0.05 or more it takes a detection back. ValueError for a bootstrap, which has no x.
+    `holm`; at 0.05 or more it takes a detection back. margin: for a claim of "no worse" in a
+    metric where higher is better, how much worse still counts as that; says in addition whether
+    `non_inferiority` holds. ValueError for a bootstrap, which has no x.
     """
     if not testable or interval is None or not isfinite(interval.ci_low):
         return "not testable here" + (f" (see profile {elsewhere})" if elsewhere else "")
     if not isfinite(interval.detectable):
         raise ValueError("verdict needs confirmatory_interval or seed_interval, not a bootstrap")
     if interval.ci_low > 0 or interval.ci_high < 0:
-        if adjusted_p is not None and adjusted_p >= 0.05:
-            return f"not detected after correction (p = {adjusted_p:.2g})"
         opposite = claimed * interval.estimate < 0
-        return "detected, opposite to the claim" if opposite else "detected"
-    return f"not detected (could have seen ≥ {f'{interval.detectable:.2g} {unit}'.strip()})"
+        words = "detected, opposite to the claim" if opposite else "detected"
+        if adjusted_p is not None and adjusted_p >= 0.05:
+            words = f"not detected after correction (p = {adjusted_p:.2g})"
+    else:
+        words = f"not detected (could have seen ≥ {f'{interval.detectable:.2g} {unit}'.strip()})"
+    if margin is None:
+        return words
+    held = non_inferiority(interval, margin, higher_is_better=True)
+    bound = f"{margin:g} {unit}".strip()
+    return (
+        f"{words}; {'worse by less than' if held else 'not shown to be worse by less than'} {bound}"
+    )
 
 
 def _t_arithmetic(values: np.ndarray, level: float) -> tuple[np.ndarray, ...]:

@@ -1,5 +1,6 @@
 """The judge end to end, against a real HTTP server on the loopback address."""
 
+import dataclasses
 import json
 import logging
 import math
@@ -15,8 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from neft_utils import judge
-from neft_utils.config import ConfigError, Judge
+from neft_utils import judge, tasks
+from neft_utils.config import ConfigError, Judge, Paths, load_profile
 
 USAGE = {"prompt_tokens": 100, "completion_tokens": 1}
 TAGGED = r"<{0} ([0-9a-f]{{16}})>\n(.*?)\n</{0} \1>"
@@ -722,3 +723,45 @@ def test_a_proxy_of_the_environment_does_not_hide_a_local_judge(serve, tmp_path,
 def test_the_module_imports_no_client_before_it_is_needed():
     code = "import sys, neft_utils.judge; sys.exit('openai' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=dict(os.environ)).returncode == 0
+
+
+# ------------------------------------------------------------------------- as a part of a run
+
+
+def judged_profile(**settings):
+    profile = load_profile("nano")
+    evaluate = dataclasses.replace(profile.evaluate, judge=Judge(model="m", **settings))
+    return dataclasses.replace(profile, evaluate=evaluate)
+
+
+def some_answers():
+    rows = [{"id": f"e{i}", "prompt": f"question {i}", "response": "short"} for i in range(3)]
+    sets = ("test", "greedy_penalty_1.2"), ("test", "greedy"), ("test_cut", "greedy_penalty_1.2")
+    answers = [
+        {"set": name, "decoding": decoding, "example_id": row["id"], "text": "rather long"}
+        for name, decoding in (*sets, ("verifiable", "greedy_penalty_1.2"))
+        for row in rows
+    ]
+    return rows, answers
+
+
+def test_a_run_has_its_penalised_test_answers_judged(serve, tmp_path):
+    url, requests = serve(longer_wins)
+    rows, answers = some_answers()
+    places, profile = Paths("nano", str(tmp_path)), judged_profile(base_url=url)
+    frame, summary = tasks.judge_answers(profile, answers, rows, places, lambda text: None)
+    assert frame.groupby("set").size().to_dict() == {"test": 3, "test_cut": 3}
+    assert (frame.preference == 1).all() and set(frame.columns) == set(
+        tasks.ITEM_COLUMNS["preferences.csv"]
+    )
+    assert summary["test"]["win_rate"] == 100 and summary["test_cut"]["n"] == 3
+    assert len(requests) == 6  # three pairs in both orders; the cut answers are the same texts
+
+
+def test_without_a_key_a_run_says_what_it_leaves_out(monkeypatch, tmp_path):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    rows, answers = some_answers()
+    said, places = [], Paths("nano", str(tmp_path))
+    frame, summary = tasks.judge_answers(judged_profile(), answers, rows, places, said.append)
+    assert frame is None and "OPENAI_API_KEY" in summary["left_out"]
+    assert len(said) == 1 and said[0].startswith("no preferences: ")

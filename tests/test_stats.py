@@ -307,3 +307,13 @@ def test_a_verdict_says_when_an_effect_goes_against_the_claim_or_fails_the_corre
     assert stats.verdict(up, adjusted_p=0.05) == "not detected after correction (p = 0.05)"
     wide = stats.seed_interval([-0.1, 0.1, 0.12])
     assert stats.verdict(wide, claimed=-1).startswith("not detected (could have seen ≥ ")
+
+
+def test_no_worse_is_said_only_within_the_margin():
+    near = stats.Interval(-0.01, -0.03, 0.01, 0.01, 9, 10, 50, 0.03)
+    words = "not detected (could have seen ≥ 0.03 nats)"
+    assert stats.verdict(near, unit="nats") == words
+    assert stats.verdict(near, unit="nats", margin=0.05) == f"{words}; worse by less than 0.05 nats"
+    narrow = stats.verdict(near, unit="nats", margin=0.02)
+    assert narrow == f"{words}; not shown to be worse by less than 0.02 nats"
+    assert stats.verdict(None, margin=0.02) == "not testable here"
