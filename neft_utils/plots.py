@@ -152,28 +152,33 @@ def library_rules(table, noise_alpha):
 
 @styled
 def learning_curves(runs, arms, control, title):
-    """Clean validation NLL after each epoch, one line per run, one colour per arm."""
-    figure, axis = plt.subplots()
+    """Clean validation NLL after each epoch: every run, and every seed pair's difference.
+
+    Arms lie close together beside what training does, so the second panel subtracts the
+    control's run of the same seed.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.8))
+    curves = {
+        key: run["log"].dropna(subset="validation_nll").set_index("epoch").validation_nll
+        for key, run in runs.items()
+        if run["log"] is not None and key[0] in arms
+    }
+    for (arm, seed), curve in curves.items():
+        style = {"color": colour_of(arm, arms, control), "alpha": 0.75, "markersize": 4}
+        left.plot(curve.index, curve, "o-", **style)
+        if arm != control and (control, seed) in curves:
+            difference = curve - curves[control, seed]
+            right.plot(difference.index, difference, "o-", **style)
     for arm in arms:
-        for (name, _), run in runs.items():
-            if name == arm and run["log"] is not None:
-                rows = run["log"].dropna(subset="validation_nll")
-                axis.plot(
-                    rows.epoch,
-                    rows.validation_nll,
-                    "o-",
-                    color=colour_of(arm, arms, control),
-                    alpha=0.75,
-                    markersize=4,
-                )
-        axis.plot([], [], "o-", color=colour_of(arm, arms, control), label=arm)
-    axis.set(
-        xlabel="epoch",
-        ylabel="validation NLL, noise off (nats/token)",
-        title=title,
-    )
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.legend()
+        left.plot([], [], "o-", color=colour_of(arm, arms, control), label=arm)
+    right.axhline(0, color=BASELINE, linewidth=1)
+    left.set(ylabel="validation NLL, noise off (nats/token)")
+    right.set(ylabel=f"difference from {control}, same seed")
+    for axis in (left, right):
+        axis.set(xlabel="epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    left.legend()
+    figure.suptitle(_wrapped(title), x=0.01, ha="left", fontsize=11)
     return figure
 
 
