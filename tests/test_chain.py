@@ -265,7 +265,7 @@ def test_a_data_file_that_will_not_do_is_named(tmp_path, rows, message):
         "validation_rows": 1,
         "test_rows": 1,
     }
-    done = neft(folder, "reproduce", "--profile", mine(tmp_path, data=own))
+    done = neft(folder, "reproduce", "--profile", mine(tmp_path, data=own, evaluate={}))
     assert done.returncode != 0
     line = next(x for x in done.stderr.splitlines() if x.startswith("error: 01_prepare_data"))
     assert "DataError" in line and message in line
