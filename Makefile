@@ -45,8 +45,8 @@ bench-gpu: env  ## time a 7B-shaped QLoRA on one GPU beside plain TRL (random we
 promote: env  ## copy a complete run at a clean commit to results/reference
 	@$(NEFT) promote $(WITH)
 
-report: env  ## static HTML report of the results
-	@echo "make report is not there yet: read results/reference/*/notebooks meanwhile" >&2; exit 1
+report: env  ## a static HTML site of the results, index.html and a page a notebook
+	@$(NEFT) report $(WITH)
 
 test: env  ## lint, unit tests and the smoke chain
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -71,6 +71,7 @@ def _parser():
     sub = command("bench", bench, "time ours beside plain TRL, to results/local/bench.json")
     sub.add_argument("--steps", type=int, default=6, help="optimiser steps a row, first not timed")
     command("bench-gpu", bench_gpu, "the same for a 7B-shaped QLoRA on one GPU, random weights")
+    command("report", report, "write a static HTML site of the results")
     command("strip", strip, "clear outputs of the source notebooks")
     return parser
 
@@ -190,7 +191,9 @@ def promote(arguments):
         raise ConfigError("no claims.json: run make reproduce first")
     target = Paths(profile.name, REFERENCE).results
     shutil.rmtree(target, ignore_errors=True)
-    keep_out = shutil.ignore_patterns("adapter", "trainer", "*.log", ".*", "*.failed.ipynb")
+    keep_out = shutil.ignore_patterns(
+        "adapter", "trainer", "report", "*.log", ".*", "*.failed.ipynb"
+    )
     shutil.copytree(paths.results, target, ignore=keep_out)
     _promote_bench(profile, paths, target)
     for path in target.glob("notebooks/*.ipynb"):
@@ -309,6 +312,14 @@ def bench_gpu(arguments):
     found = measure()
     provenance.write_json(ROOT / arguments.out / "bench-gpu.json", found)
     print(format_table(found))
+
+
+def report(arguments):
+    """A static HTML site of local results or, without any, of the reference."""
+    from neft_utils.report import report as write
+
+    profile, _, paths = _profile(arguments)
+    write(profile, paths)
 
 
 def strip(arguments):

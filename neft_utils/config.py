@@ -403,7 +403,7 @@ def step_key(profile, step, arm=None, seed=None):
     }.get(step, profile)
     facts = sorted(HERE.glob("facts/*")) if step in (5, 6) else []
     facts = [path.read_text("utf-8") for path in facts]
-    pins = (HERE.parent / "requirements.txt").read_text("utf-8")
+    pins = (HERE.parent / "requirements.txt").read_text("utf-8").split("# Tools: ")[0]
     pins = [line.split("#")[0].strip() for line in pins.splitlines()]
     code = {name: _code_only(HERE / f"{name}.py") for name in modules}
     text = json.dumps([cells, code, repr(parts), pins, *facts], sort_keys=True)

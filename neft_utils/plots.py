@@ -255,7 +255,7 @@ def ledger(rows):
         axis.plot(mean, place, "o", color=colour, markerfacecolor=face)
     axis.axvline(0, color="black", linewidth=1)
     axis.set_yticks(range(len(shown)), [f"{r['id']} ({r['metric']})" for r in reversed(shown)])
-    axis.set_xlabel("with noise minus without / smallest effect that could be seen")
+    axis.set_xlabel("difference / smallest effect that could be seen")
     found = sum(row["verdict"].startswith("detected") for row in shown)
     axis.set_title(_wrapped(f"{found} of {len(shown)} testable claims show a difference"))
     return figure

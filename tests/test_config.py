@@ -161,6 +161,7 @@ def test_prose_comments_and_docstrings_do_not_change_a_key(sandbox):
     edit(sandbox / "neft_utils/train.py", "One fine-tuning run:", "A fine-tuning run:")
     edit(sandbox / "neft_utils/noise.py", "\nimport math\n", "\n# a comment\nimport math\n")
     edit(sandbox / "requirements.txt", "# models;", "# the models;")
+    edit(sandbox / "requirements.txt", "ruff==", "ruff==9")  # a tool, below the line that says so
     assert keys(profile) == before
 
 
