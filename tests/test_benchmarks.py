@@ -12,6 +12,7 @@ from collections import Counter
 import pandas as pd
 import pytest
 import torch
+from tiny import lively_nano
 
 from neft_utils import benchmarks, data, provenance
 from neft_utils import model as m
@@ -69,13 +70,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def lively():
-    """The nano model with weights large enough that what it says depends on what it reads."""
-    model = m.load_base(NANO, "bf16").float()
-    torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 2:
-            torch.nn.init.normal_(parameter, std=0.3 if "proj" in name else 1.0)
-    return model
+    return lively_nano()
 
 
 # ------------------------------------------------------------------------------------ items

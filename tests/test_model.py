@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import lively_nano
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from neft_utils import generate
@@ -24,16 +25,7 @@ def nano():
 
 @pytest.fixture
 def lively():
-    """The nano model with weights large enough that its answers depend on what they follow.
-
-    As initialised it repeats one byte for ever, whatever the prompt.
-    """
-    model = m.load_base(NANO, "bf16").float()
-    torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 2:
-            torch.nn.init.normal_(parameter, std=0.3 if "proj" in name else 1.0)
-    return model
+    return lively_nano()
 
 
 @pytest.fixture(scope="module")
