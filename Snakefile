@@ -50,6 +50,7 @@ rule all:
         f"{R}/notebooks/00_start_here.ipynb",
         f"{R}/notebooks/02_noisy_embeddings.ipynb",
         f"{R}/notebooks/07_reuse_in_your_notebook.ipynb",
+        f"{R}/notebooks/90_exercise_solutions.ipynb",
 
 
 rule start:
@@ -126,3 +127,11 @@ rule reuse:
     output: f"{R}/notebooks/07_reuse_in_your_notebook.ipynb",
     params: key=key(7),
     shell: command(7)
+
+
+rule solutions:
+    input: f"{R}/claims.json", f"{R}/manifest.json",
+    output: f"{R}/notebooks/90_exercise_solutions.ipynb",
+    params: key=key(90),
+    resources: mem_mb=MEMORY,
+    shell: command(90)

@@ -8,7 +8,6 @@ import argparse
 import fcntl
 import json
 import os
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -72,6 +71,7 @@ def _parser():
     sub.add_argument("--steps", type=int, default=6, help="optimiser steps a row, first not timed")
     command("bench-gpu", bench_gpu, "the same for a 7B-shaped QLoRA on one GPU, random weights")
     command("report", report, "write a static HTML site of the results")
+    command("readme", readme, "write the README's generated blocks anew from results/reference")
     command("strip", strip, "clear outputs of the source notebooks")
     return parser
 
@@ -168,6 +168,8 @@ def figures(arguments):
 
 def promote(arguments):
     """Copy local results to the reference: whole, from one clean commit, current code."""
+    from neft_utils.summary import update_readme
+
     profile, _, paths = _profile(arguments)
     state = provenance.git_state()
     if state["commit"] is None or state["dirty"]:
@@ -198,7 +200,7 @@ def promote(arguments):
     _promote_bench(profile, paths, target)
     for path in target.glob("notebooks/*.ipynb"):
         _make_public(path)
-    _update_readme(profile.name, target)
+    update_readme()
     print(
         f"promoted {len(profile.runs()) + 1} runs of {commits.pop()[:12]} to"
         f" {os.path.relpath(target, ROOT)}: commit it"
@@ -232,31 +234,13 @@ def _promote_bench(profile, paths, target):
             shutil.copy(measured, target / "bench.json")
 
 
-def _update_readme(name, folder):
-    """Write the README's blocks of a profile from its promoted files, where it has them."""
-    from neft_utils.bench import table
-    from neft_utils.claims import readme_block
-
-    readme = ROOT / "README.md"
-    new = text = readme.read_text("utf-8")
-    blocks = {"results": readme_block(folder)}
-    if (folder / "bench.json").exists():
-        blocks["speed"] = table(json.loads((folder / "bench.json").read_text("utf-8")))
-    for kind, content in blocks.items():
-        block = re.compile(rf"(<!-- {kind}:{name} -->\n).*?(<!-- /{kind} -->)", re.S)
-        new = block.sub(lambda match, content=content: match[1] + content + match[2], new)
-    if new != text:
-        provenance.atomic_write_text(readme, new)
-
-
 def compare(arguments):
     """Local main table against the reference's, cell by cell with tolerances."""
     import pandas as pd
 
+    from neft_utils.expected import TOLERANCES
     from neft_utils.results import METRICS
 
-    # One run on other hardware rounds differently and then trains differently.
-    tolerances = {"nats/token": 0.03, "tokens": 25.0, "share": 0.15, "%": 3.0}
     profile, _, paths = _profile(arguments)
     sides = [Paths(profile.name, REFERENCE).tables / "main.csv", paths.tables / "main.csv"]
     for path in sides:
@@ -267,17 +251,17 @@ def compare(arguments):
         raise ConfigError("local and reference have different arms: they cannot be compared")
     misses = 0
     for metric, (unit, _) in METRICS.items():
-        if unit not in tolerances:
+        if unit not in TOLERANCES:
             continue
         for arm in reference.index:
             a, b = reference.loc[arm, metric], local.loc[arm, metric]
             if pd.isna(a) and pd.isna(b):
                 continue
-            good = abs(a - b) <= tolerances[unit]
+            good = abs(a - b) <= TOLERANCES[unit]
             misses += not good
             print(
                 f"{'ok' if good else 'MISS'} {arm} {metric}: reference {a:.4f} local {b:.4f}"
-                f" tolerance {tolerances[unit]:g} {unit}"
+                f" tolerance {TOLERANCES[unit]:g} {unit}"
             )
     return 1 if misses else 0
 
@@ -320,6 +304,13 @@ def report(arguments):
 
     profile, _, paths = _profile(arguments)
     write(profile, paths)
+
+
+def readme(arguments):
+    """What `promote` does to the README, without promoting."""
+    from neft_utils.summary import update_readme
+
+    print("README.md written" if update_readme() else "README.md is up to date")
 
 
 def strip(arguments):

@@ -13,13 +13,11 @@ text without a chat template or examples; the first three are the harness's own 
 """
 
 import contextlib
-import hashlib
 import io
 import logging
 import math
 import os
 import re
-import urllib.request
 from collections import Counter
 
 import numpy as np
@@ -142,19 +140,7 @@ def _asdiv():
 def _gsm8k():
     """Questions with their worked solutions, without the calculator's annotations."""
     path = provenance.ROOT / "data" / "downloads" / "gsm8k_test.jsonl"
-    if path.is_file():
-        content = path.read_bytes()
-    else:
-        try:
-            with urllib.request.urlopen(GSM8K_URL, timeout=30) as response:
-                content = response.read()
-        except OSError as error:
-            raise data.DataError(
-                f"cannot download {GSM8K_URL} ({error}): check the network, or put it at {path}"
-            ) from None
-    if hashlib.sha256(content).hexdigest() != GSM8K_SHA256:
-        raise data.DataError(f"{path} or {GSM8K_URL} has not the pinned sha256: get it again")
-    provenance.atomic_write_text(path, content.decode("utf-8"))
+    provenance.pinned_file(GSM8K_URL, GSM8K_SHA256, path)
     rows = []
     for number, record in enumerate(data.read_jsonl(path)):
         solution = re.sub("<<.*?>>", "", record["answer"])

@@ -21,7 +21,6 @@ from neft_utils.results import (
     contrasts,
     digits_of,
     length_views,
-    load_runs,
     main_markdown,
     main_table,
     show,
@@ -196,29 +195,6 @@ def claims_markdown(rows):
             number += f" [{show(row['ci_low'], digits)}, {show(row['ci_high'], digits)}]"
         lines.append(f"| {row['claim']} | {number} | {row['verdict']} | {row['paper']} |")
     return "\n".join(lines) + "\n"
-
-
-def readme_block(folder):
-    """The README's results section of a promoted profile's folder, all of it from its files."""
-    runs = load_runs(folder / "runs").values()
-    about = [run["provenance"] for run in runs]
-    minutes = sum(one["seconds"] for one in about) / 60
-    minutes += sum(r["scores"]["provenance"]["seconds"] for r in runs if r["log"] is not None) / 60
-    first = json.loads((folder / "claims.json").read_text("utf-8"))[0]
-    figure = f"results/reference/{folder.name}/figures/05_confirmatory.png"
-    numbers = [show(first[name], 4) for name in ("estimate", "ci_low", "ci_high")]
-    return f"""\
-The claim: *{first["claim"]}* **{first["verdict"].capitalize()}**: {first["contrast"]} is
-{numbers[0]} [{numbers[1]}, {numbers[2]}] {first["unit"]}, {first["metric"]}, over paired seeds.
-
-![{first["contrast"]}, test NLL per seed, mean and interval: {first["verdict"]}]({figure})
-
-Profile `{folder.name}`, {len(about)} runs at commit `{about[0]["commit"][:12]}`,
-{about[0]["device"]}:
-{minutes:.0f} minutes of one core, {max(one["peak_memory_gb"] for one in about):.1f} GB a run.
-
-{(folder / "tables" / "main.md").read_text("utf-8")}
-{(folder / "tables" / "claims.md").read_text("utf-8")}"""
 
 
 def write_tables(profile, runs, paths):

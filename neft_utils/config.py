@@ -32,8 +32,16 @@ STEPS = {
     5: "05_compare_and_plot",
     6: "06_published_results_revisited",
     7: "07_reuse_in_your_notebook",
+    90: "90_exercise_solutions",
 }
 BENCHMARKS = ("openbookqa", "siqa", "asdiv", "mtbench", "gsm8k")  # see neft_utils.benchmarks
+# Ours, so that executed notebooks may show them with the answers: one to explain, one to list,
+# one whose right answer is short.
+SHOWN_PROMPTS = (
+    "Explain to a child why the sky is blue.",
+    "Give me three ideas for a birthday present for someone who likes to cook.",
+    "What is the capital of Australia?",
+)
 BASE = "base"  # the untrained model, evaluated as run base-s0
 REFERENCE = "results/reference"  # results that `make promote` put under version control
 
@@ -106,6 +114,7 @@ class Evaluate:
     answer_seeds: tuple[int, ...] = (0,)  # runs of these seeds answer the test prompts
     answer_prompts: int = _at_least(1, 32)
     answer_prompts_without_penalty: int = _at_least(0, 0)  # sensitivity row
+    shown_prompts: tuple[str, ...] = SHOWN_PROMPTS  # answered with the test prompts, not scored
     answer_batch_size: int = _at_least(1, 16)
     max_new_tokens: int = _at_least(1, 256)
     repetition_penalty: float = _at_least(1.0, 1.2)
@@ -285,6 +294,8 @@ def _check_consistency(profile, where):
             f" {3 * asked.verifiable_per_family} test rows, data.test_rows is"
             f" {profile.data.test_rows}"
         )
+    if any(not prompt.strip() for prompt in asked.shown_prompts):
+        raise ConfigError(f"{where}: evaluate.shown_prompts: a prompt must not be empty")
     for name, margin in profile.margins.items():
         if margin <= 0:
             raise ConfigError(f"{where}: margins.{name}: {margin:g} must be positive")
@@ -421,6 +432,8 @@ def _code_only(path):
 
 
 def _modules_used(code):
+    import neft_utils  # which offers names of its modules as its own
+
     found, queue = set(), [code]
     while queue:
         for node in ast.walk(ast.parse(queue.pop())):
@@ -431,6 +444,7 @@ def _modules_used(code):
                 names = [a.name for a in node.names]
             for name in names:
                 module = name.removeprefix("neft_utils.")
+                module = module if name == module else neft_utils._HOME.get(module, module)
                 path = HERE / f"{module}.py"
                 if name != module and path.is_file() and module not in found:
                     found.add(module)

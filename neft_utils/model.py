@@ -281,11 +281,7 @@ def response_nll(model, encoded, batch_tokens):
     device = next(model.parameters()).device
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]["input_ids"]))
     out = [0.0] * len(encoded)
-    while order:
-        chosen, total = [], 0
-        while order and (not chosen or total + len(encoded[order[0]]["input_ids"]) <= batch_tokens):
-            total += len(encoded[order[0]]["input_ids"])
-            chosen.append(order.pop(0))
+    for chosen in token_batches(encoded, order, batch_tokens):
         nll, positions = response_token_nll(model, flat_batch([encoded[i] for i in chosen], device))
         ends = torch.tensor([len(encoded[i]["input_ids"]) for i in chosen], device=device).cumsum(0)
         document = torch.searchsorted(ends, positions, right=True)
@@ -294,6 +290,23 @@ def response_nll(model, encoded, batch_tokens):
         for i, value, count in zip(chosen, sums.tolist(), counts, strict=True):
             out[i] = value / count
     return out
+
+
+def token_batches(encoded, order, batch_tokens):
+    """Yield `order` in pieces: lists of indices whose examples have at most `batch_tokens` tokens.
+
+    An example longer than that is a piece by itself.
+    """
+    piece, total = [], 0
+    for i in order:
+        length = len(encoded[i]["input_ids"])
+        if piece and total + length > batch_tokens:
+            yield piece
+            piece, total = [], 0
+        piece.append(i)
+        total += length
+    if piece:
+        yield piece
 
 
 @contextlib.contextmanager

@@ -468,8 +468,8 @@ def _refuse_second_noise(embedding):
         for hook in embedding._forward_hooks.values()
     ):
         raise RuntimeError(
-            "transformers' own NEFTune hook is on this model: unset neftune_noise_alpha, or the"
-            " noise would be added twice"
+            "transformers' own NEFTune hook is on this model: unset neftune_noise_alpha and load"
+            " the model anew, or the noise would be added twice"
         )
 
 
@@ -523,7 +523,10 @@ class NEFTuneCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if getattr(args, "neftune_noise_alpha", None) is not None:
-            raise RuntimeError("unset neftune_noise_alpha: NEFTuneCallback adds the noise already")
+            raise RuntimeError(
+                "unset neftune_noise_alpha and load the model anew, transformers' hook is on it:"
+                " NEFTuneCallback adds the noise already"
+            )
         self.noise.remove()
         seed = args.seed if self._seed is None else self._seed
         self.noise = EmbeddingNoise(seed=seed, **self._arguments)

@@ -8,7 +8,6 @@ Content-Security-Policy forbids whatever would slip through.
 import base64
 import hashlib
 import html
-import json
 import os
 import re
 import urllib.parse
@@ -24,6 +23,7 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
 from neft_utils.config import HERE, NOTEBOOKS, STEPS
+from neft_utils.provenance import read_json
 
 REPOSITORY = HERE.parent
 STYLE = (HERE / "report.css").read_text("utf-8")
@@ -45,18 +45,6 @@ MATH_TAGS |= {"msup", "msubsup", "mover", "munder", "munderover", "mtable", "mtr
 MATH_ATTRIBUTES = {"display", "stretchy", "fence", "form", "separator", "width", "minsize"}
 MATH_ATTRIBUTES |= {"maxsize", "mathvariant", "accent", "displaystyle", "scriptlevel"}
 MATH_ATTRIBUTES |= {"columnalign", "linethickness", "movablelimits", "lspace", "rspace"}
-
-
-def read_json(path):
-    """JSON of a file, None where there is none."""
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{path.name} is not JSON ({error}): delete it and make it again"
-        ) from None
 
 
 # ----------------------------------------------------------------------------- what is there
@@ -81,21 +69,22 @@ def find_pages(source, treatment):
                 raise ValueError(f"{runs[run].name} is no notebook: delete it and make it again")
             opening = next((_text(c["source"]) for c in cells if c["cell_type"] == "markdown"), "")
             title = re.search(r"^# (.+)", opening, re.M)
-            claim = re.search(r"(?:^> ?.*\n?)+", opening, re.M)
             name = f"{step}.html" if run == first else f"{step}__{run}.html"
             pages[name] = {
                 "step": step,
                 "run": run,
                 "title": title[1].strip() if title else step,
-                "claim": _claim(claim[0]) if claim else "",
+                "claim": claim_of(opening),
                 "notebook": notebook,
             }
     return pages
 
 
-def _claim(quote):
-    """The text of a notebook's opening quote without its heading words, as a sentence."""
-    text = re.sub(r"^> ?|\*\*.*?\*\*\s*", "", quote, flags=re.M).strip()
+def claim_of(opening):
+    """The claim in a notebook's first cell: its quote without the heading words, one line."""
+    quote = re.search(r"(?:^> ?.*\n?)+", opening, re.M)
+    text = re.sub(r"^> ?|\*\*.*?\*\*", "", quote[0] if quote else "", flags=re.M)
+    text = " ".join(text.split())
     return text[:1].upper() + text[1:]
 
 

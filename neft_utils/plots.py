@@ -1,11 +1,8 @@
 """One function per figure: the finding as title, seeds as points, baseline grey.
 
-Colours are Okabe & Ito's, which colour-blind readers can tell apart. Every figure is saved
-as PNG and SVG under the number of the notebook that makes it.
+Every figure is saved as PNG and SVG under the number of the notebook that makes it; the look
+is that of `run_plots`.
 """
-
-import functools
-import textwrap
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,27 +10,7 @@ import pandas as pd
 from matplotlib.ticker import MaxNLocator
 
 from neft_utils.config import BASE
-
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-BASELINE, UNTRAINED = "#8C8C8C", "#BFBFBF"
-STYLE = {
-    "figure.figsize": (6.4, 3.8),
-    "figure.dpi": 110,
-    "savefig.dpi": 150,
-    "font.size": 10,
-    "figure.facecolor": "white",
-    "axes.facecolor": "white",
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#E6E6E6",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "svg.hashsalt": "neftune",
-    "figure.constrained_layout.use": True,
-}
+from neft_utils.run_plots import BASELINE, COLOURS, UNTRAINED, styled, wrapped
 
 
 def save(figure, folder, name, alt):
@@ -57,21 +34,6 @@ def colour_of(arm, arms, control):
         return UNTRAINED if arm == BASE else BASELINE
     others = [name for name in arms if name not in (BASE, control)]
     return COLOURS[others.index(arm) % len(COLOURS)]
-
-
-def styled(function):
-    """Draw under STYLE and leave the reader's own matplotlib settings alone."""
-
-    @functools.wraps(function)
-    def drawn(*args, **kwargs):
-        with plt.rc_context(STYLE):
-            return function(*args, **kwargs)
-
-    return drawn
-
-
-def _wrapped(title):
-    return textwrap.fill(title, 66)
 
 
 @styled
@@ -178,7 +140,7 @@ def learning_curves(runs, arms, control, title):
         axis.set(xlabel="epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.legend()
-    figure.suptitle(_wrapped(title), x=0.01, ha="left", fontsize=11)
+    figure.suptitle(wrapped(title), x=0.01, ha="left", fontsize=11)
     return figure
 
 
@@ -202,7 +164,7 @@ def seed_deltas(deltas, interval, title, ylabel):
             xycoords="axes fraction",
             fontsize=8,
         )
-    axis.set(title=_wrapped(title), ylabel=ylabel, xlim=(-0.5, where + 0.5))
+    axis.set(title=wrapped(title), ylabel=ylabel, xlim=(-0.5, where + 0.5))
     return figure
 
 
@@ -217,7 +179,7 @@ def arms_by_seed(seeds, metric, arms, control, title, ylabel):
         axis.plot(np.full(len(values), place), values, "o", color=colour, alpha=0.8)
         axis.plot([place - 0.25, place + 0.25], [values.mean()] * 2, color=colour, linewidth=3)
     axis.set_xticks(range(len(names)), names)
-    axis.set(title=_wrapped(title), ylabel=ylabel, xlim=(-0.6, len(names) - 0.4))
+    axis.set(title=wrapped(title), ylabel=ylabel, xlim=(-0.6, len(names) - 0.4))
     return figure
 
 
@@ -237,7 +199,7 @@ def false_alarms(table, title):
     axis.plot([], [], "k-", label="our interval")
     axis.plot([], [], "k--", label="crossed bootstrap")
     axis.legend(ncols=2)
-    axis.set_title(_wrapped(title))
+    axis.set_title(wrapped(title))
     return figure
 
 
@@ -257,7 +219,7 @@ def ledger(rows):
     axis.set_yticks(range(len(shown)), [f"{r['id']} ({r['metric']})" for r in reversed(shown)])
     axis.set_xlabel("difference / smallest effect that could be seen")
     found = sum(row["verdict"].startswith("detected") for row in shown)
-    axis.set_title(_wrapped(f"{found} of {len(shown)} testable claims show a difference"))
+    axis.set_title(wrapped(f"{found} of {len(shown)} testable claims show a difference"))
     return figure
 
 
@@ -273,7 +235,7 @@ def leaderboard(pairs, labels):
     axis.set_xticks(places, labels)
     left = pairs[0]["length_controlled"][2] / pairs[0]["raw"][2]
     title = f"{labels[0].splitlines()[0]}: {left:.0%} of the raw gain is left at equal length"
-    axis.set(ylabel="win rate with noise minus without (points)", title=_wrapped(title))
+    axis.set(ylabel="win rate with noise minus without (points)", title=wrapped(title))
     axis.legend()
     return figure
 
@@ -304,7 +266,7 @@ def length_views(views):
     rest = shown[shown.kind != "raw"].estimate
     gain = f"{rest.min():+.0f} to {rest.max():+.0f}" if len(rest) > 1 else f"{rest.min():+.0f}"
     how = ", depending on how length is held" if len(rest) > 1 else ""
-    axis.set_title(_wrapped(f"{raw:+.0f} points as judged, {gain} at equal length{how}"), x=-0.35)
+    axis.set_title(wrapped(f"{raw:+.0f} points as judged, {gain} at equal length{how}"), x=-0.35)
     return figure
 
 
@@ -332,5 +294,5 @@ def gain_by_length_change(quintiles):
         ylabel="gain in win rate (points)",
     )
     title = f"The gain {word} the extra length: {first:+.0f} points in the first fifth of prompts"
-    axis.set_title(_wrapped(f"{title}, {last:+.0f} in the last"))
+    axis.set_title(wrapped(f"{title}, {last:+.0f} in the last"))
     return figure

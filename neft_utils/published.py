@@ -18,26 +18,22 @@ import hashlib
 import json
 import math
 import sys
-import urllib.request
 from pathlib import Path
 
 import pandas as pd
 
 from neft_utils import length_control, metrics, provenance
+from neft_utils.config import REFERENCE, Paths
+from neft_utils.expected import EVIDENCE
 
 FACTS = Path(__file__).resolve().parent / "facts"
 CONTROL, TREATMENT = "alpaca-7b", "alpaca-7b-neft"
 CHUNK = 50  # words; the paper's C for Alpaca (Table 4)
-TIMEOUT = 10  # seconds without an answer
 COMMIT = "cd543a149df89434d8a54582c0151c0b945c3d20"
 SOURCE = f"https://raw.githubusercontent.com/tatsu-lab/alpaca_eval/{COMMIT}"
 LIMITS = ("mean", "low", "high")
 NAMES = ("model_outputs.json", "annotations.json")
 VIEWS = ["view", "kind", "estimate", "ci_low", "ci_high", "n"]
-
-
-class NoNetworkError(provenance.ProvenanceError):
-    """A pinned file is not in the cache and cannot be downloaded; one line."""
 
 
 def paper_results():
@@ -76,38 +72,13 @@ def submission(model, cache=None, source=SOURCE):
     """Folder with model_outputs.json and annotations.json of a public model, verified just now.
 
     model: alpaca-7b or alpaca-7b-neft. cache: default data/downloads/alpaca_eval. A missing file
-    is downloaded. Raises NoNetworkError if it cannot be had and ProvenanceError for a wrong hash.
+    is downloaded. Raises what `provenance.pinned_file` raises.
     """
     folder = Path(cache or provenance.ROOT / "data" / "downloads" / "alpaca_eval") / model
     files = pd.read_csv(FACTS / "alpaca_eval_files.csv").query("model == @model")
     for file in files.itertuples():
-        path = folder / file.name
-        if not path.exists():
-            content = _download(f"{source}/{file.path}", path)
-            found = hashlib.sha256(content).hexdigest()
-            _check(found, file.sha256, f"{source}/{file.path}", "try again later")
-            provenance.atomic_write_text(path, content.decode("utf-8"))
-        _check(provenance.sha256_file(path), file.sha256, path, "delete it and run again")
+        provenance.pinned_file(f"{source}/{file.path}", file.sha256, folder / file.name)
     return folder
-
-
-def _check(found, expected, what, remedy):
-    if found != expected:
-        raise provenance.ProvenanceError(
-            f"{what} has sha256 {found[:12]}…, expected {expected[:12]}…: {remedy}"
-        )
-
-
-def _download(url, path):
-    try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
-            return answer.read()
-    except OSError as error:  # URLError and timeouts are OSErrors
-        reason = (str(getattr(error, "reason", error)).splitlines() or ["no answer"])[0][:100]
-        place = "/".join(path.parts[-3:])
-        raise NoNetworkError(
-            f"cannot download {url} ({reason}): go online, or put it at data/downloads/{place}"
-        ) from None
 
 
 def read_arm(folder):
@@ -269,9 +240,9 @@ def revisit(paths, say=print, cache=None):
     paths: config.Paths. Returns source, pair (leaderboard_pair()), comparison (compare(...)) and
     the DataFrames leaderboard, views, matched, quintiles, fit, text_statistics, and writes
     comparison.json and a CSV of each table: numbers, no texts. source is "annotations"; without
-    cache and network it is "stored" if this folder holds the numbers of the same files, else
-    "leaderboard" (comparison None, views has its two rows, no further tables); one line says so.
-    Raises ProvenanceError for a file that is there but is not the pinned one.
+    cache and network it is "stored" if this folder or a reference holds the numbers of the same
+    files, else "leaderboard" (comparison None, views has its two rows, no further tables); one
+    line says so. Raises ProvenanceError for a file that is there but is not the pinned one.
     """
     folder, pair = paths.results / "published", leaderboard_pair()
     source, found, tables = "annotations", None, {"leaderboard": leaderboard_rows()}
@@ -279,8 +250,9 @@ def revisit(paths, say=print, cache=None):
         folders = {name: submission(name, cache) for name in (CONTROL, TREATMENT)}
         found = {"commit": COMMIT, **compare(*folders.values())}
         tables["text_statistics"] = text_statistics(folders)
-    except NoNetworkError as error:
-        found, tables["text_statistics"] = _stored(folder)
+    except provenance.NoNetworkError as error:
+        known = (Paths(name, REFERENCE).results / "published" for name in EVIDENCE)
+        found, tables["text_statistics"] = _stored(folder, *known)
         source = "leaderboard" if found is None else "stored"
         what = {"leaderboard": "leaderboard rows only", "stored": "numbers of an earlier run"}
         say(f"{what[source]}: {error}")
@@ -297,14 +269,17 @@ def revisit(paths, say=print, cache=None):
     return {"source": source, "pair": pair, "comparison": found, **tables}
 
 
-def _stored(folder):
-    """An earlier run's comparison and text statistics; (None, None) if not of these files."""
-    try:
-        found = json.loads((folder / "comparison.json").read_text("utf-8"))
-        texts = pd.read_csv(folder / "text_statistics.csv").astype({"n_chunks": "Int64"})
-    except (OSError, ValueError, KeyError):
-        return None, None
-    return (found, texts) if found.get("commit") == COMMIT else (None, None)
+def _stored(*folders):
+    """The first earlier comparison of these files, and its text statistics; else (None, None)."""
+    for folder in folders:
+        try:
+            found = json.loads((folder / "comparison.json").read_text("utf-8"))
+            texts = pd.read_csv(folder / "text_statistics.csv").astype({"n_chunks": "Int64"})
+        except (OSError, ValueError, KeyError):
+            continue
+        if found.get("commit") == COMMIT:
+            return found, texts
+    return None, None
 
 
 def views(comparison, pair):

@@ -1,7 +1,7 @@
 """`make report`: the results as a static site, an index and one page per executed notebook.
 
-The index says what was found, in the order of its weight: the confirmatory verdict, the table,
-the ledger of claims, the figures; then where it comes from and how to have it again. What is
+The index answers the questions that people come with (`summary`), then shows the ledger of
+claims, the table and the figures, where they come from and how to have them again. What is
 missing is said. No page needs a script, a server or the network (see `pages`).
 """
 
@@ -14,11 +14,20 @@ import urllib.parse
 
 import pandas as pd
 
+from neft_utils import summary
 from neft_utils.config import REFERENCE, ConfigError, Paths
-from neft_utils.pages import find_pages, image, markdown, notebook_page, page_html, read_json
-from neft_utils.provenance import ROOT, atomic_write_text
+from neft_utils.pages import find_pages, image, markdown, notebook_page, page_html
+from neft_utils.provenance import ROOT, atomic_write_text, read_json
 from neft_utils.results import METRICS, digits_of, main_markdown, show
 
+NEFTUNE = """\
+NEFTune ([arXiv 2310.05914](https://arxiv.org/abs/2310.05914)) adds uniform noise to the token
+embeddings during fine-tuning, and only then: $x' = x + \\frac{\\alpha}{\\sqrt{L d}} \\epsilon$ with
+$\\epsilon$ uniform between -1 and 1, $L$ the sequence's own number of tokens, $d$ the embedding
+size and $\\alpha$ the strength. Arms with and without noise that share a seed share all else.
+"""
+_SUMMARISED = ("claims.json", "tables/main.csv", "tables/by_seed.csv", "tables/contrasts.csv")
+_SUMMARISED += ("tables/type_one_error.csv", "published/views.csv")
 _RUN_STEPS = {"03": "fine-tune", "04": "evaluate"}
 
 
@@ -71,13 +80,22 @@ def index_page(profile, source, pages, local):
         raise ValueError("claims.json is no list of claims: delete it and run make figures")
     sections = [
         "<h1>NEFTune, measured</h1>",
-        '<p class="lead">NEFTune adds uniform noise to the token embeddings during fine-tuning:'
-        f" this is what it does in profile <code>{html.escape(profile.name)}</code>.</p>",
+        "<h2>What is NEFTune?</h2>",
+        markdown(NEFTUNE),
+        "<h2>Does it help here?</h2>",
+        f'<p class="lead">In profile <code>{html.escape(profile.name)}</code>:</p>',
         _verdict(claims, source),
-        "<h2>Results by arm</h2>",
-        _main_table(source / "tables" / "main.csv"),
-        "<h2>Claims</h2>",
+        _summary(summary.headline, source),
+        "<h2>How sure are we?</h2>",
+        _summary(summary.certainty, source),
+        "<h2>How much of it is length?</h2>",
+        _summary(summary.length, source),
+        "<h2>What would it cost me to try on my model?</h2>",
+        _summary(summary.cost, source),
+        "<h2>Every claim</h2>",
         _ledger(claims),
+        "<h2>Every metric, by arm</h2>",
+        _main_table(source / "tables" / "main.csv"),
         "<h2>Figures</h2>",
         *_figures(source, pages),
         "<h2>Notebooks</h2>",
@@ -100,6 +118,17 @@ def index_page(profile, source, pages, local):
         )
     following = next(((name, page["title"]) for name, page in pages.items()), None)
     return page_html("NEFTune, measured: results", "\n".join(sections), following=following)
+
+
+def _summary(function, source):
+    """One of `summary`'s answers as HTML, or what is missing for it."""
+    for name in _SUMMARISED:
+        if not (source / name).exists():
+            return _missing(name, "run make reproduce, or make figures")
+    try:
+        return markdown(function(source))
+    except (LookupError, TypeError, ValueError, pd.errors.ParserError) as error:
+        return _missing(f"readable answer ({html.escape(repr(error)[:200])})", "run make figures")
 
 
 def _missing(what, remedy):
@@ -138,8 +167,7 @@ def _verdict(claims, source):
     verdict = _safe(row, "verdict")
     metric = METRICS.get(row.get("metric"), ("", ""))[1] or _safe(row, "metric")
     figure = _figure(source / "figures" / "05_confirmatory.png")
-    return f"""<h2>The confirmatory claim</h2>
-<div class="verdict">
+    return f"""<div class="verdict">
 <p><em>{_safe(row, "claim")}</em> <strong>{verdict[:1].upper() + verdict[1:]}.</strong></p>
 <p><span class="number">{estimate} {interval}</span> {unit}: {_safe(row, "contrast")},
 {metric}; mean over paired seeds and its 95 % interval.</p>

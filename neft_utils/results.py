@@ -14,6 +14,8 @@ import pandas as pd
 from neft_utils import length_control, stats
 from neft_utils.config import REFERENCE, ConfigError, Paths, load_profile
 from neft_utils.data import read_jsonl
+from neft_utils.expected import EVIDENCE
+from neft_utils.provenance import read_json
 
 # Metric -> (unit, what it is). The order is the order of the tables' columns.
 METRICS = {
@@ -74,17 +76,20 @@ FILES = ("losses", "task_items", "perturbed_losses", "stopping", "preferences")
 def open_results(profile, out):
     """(Profile, Paths to write to, runs): local results of the profile, else stored ones.
 
-    Falls back to results/reference of the profile, then of "cpu", and says so; what is
-    computed from them still goes to `out`. Raises ConfigError when there is nothing.
+    Falls back to results/reference of the profile, then of those in `expected.EVIDENCE`, and
+    says so; what is computed from them still goes to `out`. A reference of smoke is there for
+    its expected values, not to be read: the evidence comes before it. ConfigError for nothing.
     """
-    for name, folder in ((profile, out), (profile, REFERENCE), ("cpu", REFERENCE)):
+    stored = [(name, REFERENCE) for name in EVIDENCE]
+    stored.insert(len(stored) if profile == "smoke" else 0, (profile, REFERENCE))
+    for name, folder in ((profile, out), *stored):
         loaded = load_profile(name)
-        stored = Paths(loaded.name, folder).results / "runs"
+        found = Paths(loaded.name, folder).results / "runs"
         wanted = (loaded.confirmatory.treatment, loaded.confirmatory.control)
-        if all(list(stored.glob(f"{arm}-s*/scores.json")) for arm in wanted):
+        if all(list(found.glob(f"{arm}-s*/scores.json")) for arm in wanted):
             if (name, folder) != (profile, out):
                 print(f"no finished {profile} runs in {out}: reading {folder}/{loaded.name}")
-            return loaded, Paths(loaded.name, out), load_runs(stored)
+            return loaded, Paths(loaded.name, out), load_runs(found)
     raise ConfigError(f"no finished runs of {profile}: run make reproduce PROFILE={profile} first")
 
 
@@ -98,23 +103,24 @@ def load_runs(folder):
     for scores in sorted(folder.glob("*/scores.json")):
         run = scores.parent
         about = json.loads((run / "provenance.json").read_text("utf-8"))
+        if missing := [name for name in FILES if not (run / f"{name}.csv").exists()]:
+            raise ConfigError(
+                f"run {run.name} has no {', '.join(missing)}: an older version of the code scored"
+                " it, or files were deleted: run make reproduce"
+            )
         log = run / "train_log.csv"
         runs[about["arm"], about["seed"]] = {
             "scores": json.loads(scores.read_text("utf-8")),
             "provenance": about,
             **{name: pd.read_csv(run / f"{name}.csv", dtype=_NAMES) for name in FILES},
             "generations": pd.DataFrame(read_jsonl(run / "generations.jsonl")),
-            "noise": _json_or_none(run / "noise.json"),
+            "noise": read_json(run / "noise.json"),
             "log": pd.read_csv(log) if log.exists() else None,
         }
     return runs
 
 
 _NAMES = {"example_id": str, "item_id": str}
-
-
-def _json_or_none(path):
-    return json.loads(path.read_text("utf-8")) if path.exists() else None
 
 
 def per_item(run, name, decoding):
@@ -274,6 +280,26 @@ def length_views(runs, treatment, control):
             if len(other):
                 rows.append((name, seed, 100 * (other - base).mean()))
     return pd.DataFrame(rows, columns=["view", "seed", "estimate"])
+
+
+def side_by_side(runs, arms, prompts, longest=500):
+    """Answers of several arms to the shown prompts: DataFrame, a row a prompt, a column an arm.
+
+    arms: names; of each the first seed that answered, which the column names. prompts: texts in
+    the order of the profile's `shown_prompts`. longest: characters after which text is cut.
+    """
+    columns = {}
+    for arm in arms:
+        for (name, seed), run in sorted(runs.items()):
+            rows = run["generations"]
+            answers = rows[rows["set"] == "shown"].set_index("example_id") if len(rows) else rows
+            if name == arm and len(answers):
+                texts = [answers.text.get(f"shown-{n}", "") for n in range(len(prompts))]
+                columns[f"{arm}, seed {seed}"] = [
+                    text if len(text) <= longest else text[:longest] + "…" for text in texts
+                ]
+                break
+    return pd.DataFrame(columns, index=pd.Index(prompts, name="prompt"))
 
 
 # -------------------------------------------------------------------------------- writing

@@ -23,7 +23,13 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from neft_utils.model import encode, flat_batch, response_nll, response_token_nll
+from neft_utils.model import (
+    encode,
+    flat_batch,
+    response_nll,
+    response_token_nll,
+    token_batches,
+)
 from neft_utils.noise import noise_scale
 
 PERTURBED_COLUMNS = ["kind", "level", "example_id", "nll"]
@@ -216,8 +222,9 @@ def stopping(model, tokenizer, rows, batch_tokens):
     model.eval()
     device = next(model.parameters()).device
     encoded, out = [encode(tokenizer, row) for row in rows], []
-    while len(out) < len(rows):
-        batch, some = _next_batch(encoded[len(out) :], batch_tokens, device)
+    for piece in token_batches(encoded, range(len(rows)), batch_tokens):
+        some = [encoded[i] for i in piece]
+        batch = flat_batch(some, device)
         # The NLL of the end of turn as the target everywhere, where each response token stands.
         labels = batch["labels"]
         batch["labels"] = labels.masked_fill(labels != -100, tokenizer.eos_token_id)
@@ -226,17 +233,6 @@ def stopping(model, tokenizer, rows, batch_tokens):
             quarters = [float(q.mean()) for q in one[:-1].tensor_split(4)]
             out.append([rows[len(out)]["id"], len(one), float(one[-1]), *quarters])
     return pd.DataFrame(out, columns=STOPPING_COLUMNS)
-
-
-def _next_batch(encoded, batch_tokens, device):
-    """The first examples of at most `batch_tokens` tokens (one at least): (row, examples)."""
-    some, total = [], 0
-    for one in encoded:
-        total += len(one["input_ids"])
-        if some and total > batch_tokens:
-            break
-        some.append(one)
-    return flat_batch(some, device), some
 
 
 # ------------------------------------------------------------------------------- embeddings

@@ -75,28 +75,29 @@ class Answers:
         self.model, self.tokenizer, self.settings, self.say = model, tokenizer, settings, say
         self.rows = []
 
-    def ask(self, name, prompts, penalty=None, min_new_tokens=0):
-        """prompts: {id: text}. Returns {id: answer text}."""
+    def ask(self, penalty=None, min_new_tokens=0, **sets):
+        """sets: {id: prompt} by name, answered together. Returns {id: answer text} of all."""
         settings = self.settings
         penalty = settings.repetition_penalty if penalty is None else penalty
-        if not prompts:
+        asked = [(name, *one) for name, prompts in sets.items() for one in prompts.items()]
+        if not asked:
             return {}
         answers = answer(
             self.model,
             self.tokenizer,
-            list(prompts.values()),
+            [prompt for _, _, prompt in asked],
             max_new_tokens=settings.max_new_tokens,
             batch_size=settings.answer_batch_size,
             repetition_penalty=penalty,
             min_new_tokens=min(min_new_tokens, settings.max_new_tokens),
         )
         decoding, tokens = decoding_name(penalty), sum(a["n_tokens"] for a in answers)
-        self.say(f"{name}, {decoding}: {tokens} tokens in {len(answers)} answers")
+        self.say(f"{', '.join(sets)}, {decoding}: {tokens} tokens in {len(answers)} answers")
         self.rows += [
             {"set": name, "example_id": key, "decoding": decoding, **one}
-            for key, one in zip(prompts, answers, strict=True)
+            for (name, key, _), one in zip(asked, answers, strict=True)
         ]
-        return {key: one["text"] for key, one in zip(prompts, answers, strict=True)}
+        return {key: one["text"] for (_, key, _), one in zip(asked, answers, strict=True)}
 
     def cut(self, name, to):
         """Test answers cut to as many tokens as another run's; to: that run's folder."""
@@ -119,15 +120,16 @@ def collect_answers(answers, profile, arm, seed, paths, test):
     """Test prompts, with the penalty and, for a few, without; the paper's Table 5 where asked."""
     settings = profile.evaluate
     prompts = {row["id"]: row["prompt"] for row in test}
-    answers.ask("test", _first(prompts, settings.answer_prompts))
-    answers.ask("test", _first(prompts, settings.answer_prompts_without_penalty), penalty=1.0)
+    shown = {f"shown-{n}": prompt for n, prompt in enumerate(settings.shown_prompts)}
+    answers.ask(test=_first(prompts, settings.answer_prompts), shown=shown)
+    answers.ask(test=_first(prompts, settings.answer_prompts_without_penalty), penalty=1.0)
     if not settings.length_arm_prompts or arm == BASE:
         return
     some = _first(prompts, settings.length_arm_prompts)
     control = profile.control_of(arm)
     if arm == control:
-        answers.ask("test_long_prompt", {key: text + LONG_PROMPT for key, text in some.items()})
-        answers.ask("test_min_tokens", some, min_new_tokens=MIN_NEW_TOKENS)
+        answers.ask(test_long_prompt={key: text + LONG_PROMPT for key, text in some.items()})
+        answers.ask(test_min_tokens=some, min_new_tokens=MIN_NEW_TOKENS)
     elif (control, seed) in profile.runs():
         answers.cut("test_cut", to=paths.run(control, seed))
 
@@ -136,10 +138,10 @@ def secondary(model, tokenizer, answers, profile, train, test, say):
     """{file name: DataFrame} of the measures that only some runs get, where asked for."""
     settings, out, items = profile.evaluate, {}, []
     prompts = {row["id"]: row["prompt"] for row in train}
-    answers.ask("train", _first(prompts, settings.train_answer_prompts))
+    answers.ask(train=_first(prompts, settings.train_answer_prompts))
     if settings.verifiable_per_family:
         composed = verifiable.compose(test, settings.verifiable_per_family)
-        texts = answers.ask("verifiable", {one["item_id"]: one["prompt"] for one in composed})
+        texts = answers.ask(verifiable={one["item_id"]: one["prompt"] for one in composed})
         items.append(verifiable.check(composed, list(texts.values())))
     if settings.benchmarks:
         items.append(
@@ -261,8 +263,11 @@ def evaluate(profile, arm, seed, paths, say=print):
 
 
 def answer_scores(rows, references, chunk):
-    """{"<decoding>/<name>": value} of the test answers; other sets have their name in front."""
-    scores = {}
+    """{"<decoding>/<name>": value} of the test answers; other sets have their name in front.
+
+    Answers to the shown prompts are there to be read, three of them say nothing as a number.
+    """
+    scores, rows = {}, [row for row in rows if row["set"] != "shown"]
     if rows:
         for (name, decoding), group in pd.DataFrame(rows).groupby(["set", "decoding"]):
             known = None if name == "verifiable" else references

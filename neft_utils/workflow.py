@@ -52,6 +52,7 @@ def estimate(profile, paths):
     scored = len(models) * (fixed * total + rows.ood_rows * 300) + checks
     answering = sum(profile.answers(*model) for model in models)
     prompts = asked.answer_prompts + asked.answer_prompts_without_penalty
+    prompts += len(asked.shown_prompts)
     longer = 2 * asked.length_arm_prompts
     length = min(1.5 * response, asked.max_new_tokens)
     answers = answering * (prompts + longer) * length
@@ -62,7 +63,7 @@ def estimate(profile, paths):
     measured = measuring * (passes + extra * length)
     seconds = measuring * (passes / speed.forward + extra * length / speed.answers)
     return [
-        ("prepare, explain, compare", 6, 0, 6 * start + 60),
+        ("prepare, explain, compare", 7, 0, 7 * start + 60),
         ("fine-tune", len(runs), train, len(runs) * start + train / speed.train),
         ("score losses", len(models), scored, len(models) * start + scored / speed.forward),
         ("answer prompts", answering, answers, answers / speed.answers),

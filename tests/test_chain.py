@@ -113,7 +113,14 @@ def test_the_chain_writes_every_file(nano):
     ):
         assert (results / name).stat().st_size > 0
     figures = {path.name for path in (results / "figures").iterdir()}
-    for stem in ("02_noise_energy", "05_confirmatory", "05_learning_curves", "05_ledger"):
+    assert (results / "notebooks" / "90_exercise_solutions.ipynb").exists()
+    for stem in (
+        "00_pipeline",
+        "02_noise_energy",
+        "05_confirmatory",
+        "05_learning_curves",
+        "05_ledger",
+    ):
         assert {f"{stem}.png", f"{stem}.svg"} <= figures
 
 

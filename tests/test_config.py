@@ -47,6 +47,8 @@ def test_cpu_profile_is_the_promised_one():
 
 
 BAD = [
+    ("evaluate.shown_prompts", [" "], "shown_prompts: a prompt must not be empty"),
+    ("evaluate.shown_prompts", "Why?", "expected a list, not 'Why?'"),
     ("train.learning_rat", 1.0, "unknown key 'learning_rat': did you mean learning_rate?"),
     ("colour", "red", "unknown key 'colour'"),
     ("train.epochs", "two", "epochs: expected int, not 'two'"),
@@ -168,9 +170,10 @@ def test_prose_comments_and_docstrings_do_not_change_a_key(sandbox):
 @pytest.mark.parametrize(
     "file, old, new, steps",
     [
-        ("notebooks/03_finetune_qlora.ipynb", "log.tail(8)", "log.tail(9)", {3}),
+        ("notebooks/03_finetune_qlora.ipynb", "(log), alt)", "(log), alt, 90)", {3}),
         ("neft_utils/generate.py", "key=lambda i: len", "key=lambda i: -len", {4}),
-        ("neft_utils/stats.py", "_ROUNDING = 1e-12", "_ROUNDING = 1e-13", {5}),
+        ("neft_utils/stats.py", "_ROUNDING = 1e-12", "_ROUNDING = 1e-13", {5, 90}),
+        ("neft_utils/noise.py", "_BINS = 1000", "_BINS = 1001", {2, 3, 4, 7, 90}),
         ("requirements.txt", "torch==2.13.0", "torch==2.13.1", set(config.STEPS)),
     ],
 )

@@ -13,6 +13,7 @@ from neft_utils.config import HERE, NOTEBOOKS, STEPS
 ROOT = HERE.parent
 FILES = sorted(NOTEBOOKS.glob("*.ipynb"))
 PARAMETERS = {"PROFILE", "ARM", "SEED", "OUT"}
+SOLUTIONS = 90
 
 
 def load(path):
@@ -74,8 +75,29 @@ class TestEachNotebook:
             for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", source(cell)):
                 assert (NOTEBOOKS / target).exists(), target
 
-    def test_exercises_close_it(self, path):
-        assert "**Exercises.**" in source(load(path)["cells"][-1])
+    def test_exercises_close_it_and_have_solutions(self, path):
+        text = "\n".join(source(cell) for cell in load(path)["cells"])
+        number = int(path.stem[:2])
+        if number == SOLUTIONS:
+            return
+        last = source(load(path)["cells"][-1]).partition("## Exercises\n")[2]
+        asked = re.findall(r"^(\d)\. \S", last, re.M)
+        assert asked == [str(n + 1) for n in range(len(asked))] and 3 <= len(asked) <= 5
+        assert f"({STEPS[SOLUTIONS]}.ipynb)" in last
+        solved = load(NOTEBOOKS / f"{STEPS[SOLUTIONS]}.ipynb")["cells"]
+        solved = "\n".join(source(cell) for cell in solved if cell["cell_type"] == "markdown")
+        for n in asked:
+            assert f"**Exercise {number}.{n}.**" in solved
+        assert f"**Exercise {number}.{len(asked) + 1}.**" not in solved
+        assert "TODO" not in text
+
+    def test_the_reader_sees_where_he_is_and_how_long_it_takes(self, path):
+        number = int(path.stem[:2])
+        text = "\n".join(source(cell) for cell in code_cells(load(path)))
+        if number != SOLUTIONS:
+            assert f"you_are_here({number})" in text
+        assert f"how_long(paths, {number})" in text
+        assert "| Time, memory | printed" in source(load(path)["cells"][0])
 
 
 def test_no_function_is_defined_in_two_places():
@@ -92,11 +114,12 @@ def test_no_function_is_defined_in_two_places():
 
 def test_modules_import_only_from_lower_floors():
     floors = [
-        {"noise", "fast", "config", "provenance", "metrics", "stats", "filters", "length_control"},
+        {"noise", "fast", "config", "provenance", "metrics", "stats", "filters", "length_control"}
+        | {"expected", "run_plots"},
         {"data", "model"},
         {"train", "generate", "tasks", "judge", "verifiable", "benchmarks", "stability"},
         {"results", "claims", "published", "plots"},
-        {"workflow", "bench", "bench_gpu", "pages", "report", "__main__", "__init__"},
+        {"workflow", "bench", "bench_gpu", "pages", "summary", "report", "__main__", "__init__"},
     ]
     floor = {name: n for n, names in enumerate(floors) for name in names}
     for path in HERE.glob("*.py"):

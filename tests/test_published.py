@@ -14,7 +14,7 @@ from scipy.special import expit
 
 from neft_utils import length_control, plots, published
 from neft_utils.config import Paths
-from neft_utils.provenance import ROOT, ProvenanceError, sha256_file
+from neft_utils.provenance import ROOT, NoNetworkError, ProvenanceError, sha256_file
 
 CACHE = ROOT / "data" / "downloads" / "alpaca_eval"
 NOWHERE = "http://127.0.0.1:9"  # nothing listens there
@@ -193,7 +193,7 @@ def test_a_missing_file_is_downloaded_once_and_verified_every_time(monkeypatch, 
     with pytest.raises(ProvenanceError, match="delete it and run again") as caught:
         published.submission(published.CONTROL, cache, source)
     assert "annotations.json has sha256" in str(caught.value)
-    assert not isinstance(caught.value, published.NoNetworkError)
+    assert not isinstance(caught.value, NoNetworkError)
 
 
 def test_what_arrives_wrong_is_not_kept(monkeypatch, tmp_path):
@@ -205,10 +205,10 @@ def test_what_arrives_wrong_is_not_kept(monkeypatch, tmp_path):
 
 
 def test_without_network_it_says_so_in_one_line(tmp_path):
-    with pytest.raises(published.NoNetworkError, match="cannot download") as caught:
+    with pytest.raises(NoNetworkError, match="cannot download") as caught:
         published.submission(published.TREATMENT, tmp_path, NOWHERE)
     assert "\n" not in str(caught.value)
-    assert "data/downloads" in str(caught.value)
+    assert str(tmp_path / published.TREATMENT) in str(caught.value)  # where to put it
 
 
 def test_the_pins_are_whole():
@@ -233,7 +233,7 @@ def here(monkeypatch, tmp_path):
 
 def test_offline_only_the_leaderboard_is_left(monkeypatch, tmp_path):
     paths, said = here(monkeypatch, tmp_path), []
-    monkeypatch.setattr(published, "_download", refuse)
+    monkeypatch.setattr("neft_utils.provenance.pinned_file", refuse)
     found = published.revisit(paths, said.append, cache=tmp_path / "empty")
     assert found["source"] == "leaderboard" and found["comparison"] is None
     assert len(said) == 1 and said[0].startswith("leaderboard rows only: ")
@@ -243,8 +243,8 @@ def test_offline_only_the_leaderboard_is_left(monkeypatch, tmp_path):
     assert "at equal length" in title(plots.length_views(found["views"]))
 
 
-def refuse(url, path):
-    raise published.NoNetworkError(f"cannot download {url}")
+def refuse(url, expected, path):
+    raise NoNetworkError(f"cannot download {url}")
 
 
 def title(figure):
@@ -315,7 +315,7 @@ def test_revisiting_writes_numbers_and_no_texts(real, monkeypatch, tmp_path):
         assert len(content) < 10_000 and not any(word in content for word in words), name
     assert "grows with" in title(plots.gain_by_length_change(found["quintiles"]))
     # Later, offline: the numbers of this run, which are of the same files.
-    monkeypatch.setattr(published, "_download", refuse)
+    monkeypatch.setattr("neft_utils.provenance.pinned_file", refuse)
     again = published.revisit(paths, lambda line: None, cache=tmp_path / "empty")
     assert again["source"] == "stored" and again["comparison"] == found["comparison"]
     pd.testing.assert_frame_equal(again["text_statistics"], found["text_statistics"])

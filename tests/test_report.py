@@ -111,7 +111,13 @@ def write_notebook(folder, name, *cells):
 def claim(**changes):
     row = {"id": "confirmatory", "claim": "Noise helps.", "contrast": "noisy - plain"}
     row |= {"metric": "test_nll", "unit": "nats/token", "estimate": -0.1234, "ci_low": -0.2}
-    row |= {"ci_high": -0.05, "verdict": "detected", "paper": "Table 0", "note": "small"}
+    row |= {
+        "ci_high": -0.05,
+        "detectable": 0.1,
+        "verdict": "detected",
+        "paper": "Table 0",
+        "note": "small",
+    }
     return row | changes
 
 
@@ -144,15 +150,36 @@ def write_results(folder, text="plain words"):
                 code(shown("image/svg+xml", f"<svg>{text}</svg>")),
                 code({"output_type": "error", "ename": text, "evalue": "", "traceback": [text]}),
             )
+    ids = ("less_overfitting", "longer_answers", "beyond_length", "few_lines")
+    asked = [claim(id=name, verdict=text) for name in (*ids, "training_cost", "inference_cost")]
     (folder / "claims.json").write_text(
-        json.dumps([claim(), claim(id="x", **dict.fromkeys(("claim", "note", "estimate"), text))])
+        json.dumps(
+            [
+                claim(),
+                *asked,
+                claim(id="x", **dict.fromkeys(("claim", "note", "estimate"), text)),
+            ]
+        )
     )
     (folder / "tables").mkdir()
-    main = pd.DataFrame({"arm": ["plain", text], "test_nll": [1.5, 2.25], "n_seeds": [2, 1]})
-    main.to_csv(folder / "tables" / "main.csv", index=False)
+    (folder / "published").mkdir()
+    arm, nll, seeds = ["plain", "noisy", text], [1.5, 1.4, 2.25], [2, 2, 1]
+    one = {"treatment": "noisy", "metric": "test_nll", "n_seeds": 2, "n_examples": 8}
+    for name, table in {
+        "tables/main": {"arm": arm, "test_nll": nll, "n_seeds": seeds},
+        "tables/by_seed": {"arm": arm[:2] * 2, "seed": [0, 0, 1, 1], "test_nll": nll + [1.5]},
+        "tables/contrasts": {key: [value] for key, value in one.items()},
+        "tables/type_one_error": {"confirmatory": [0.05], "crossed_bootstrap": [0.25]},
+        "published/views": {
+            **{"view": [text], "kind": ["raw"], "n": [803]},
+            **{"estimate": [35.1], "ci_low": [31.2], "ci_high": [39.0]},
+        },
+    }.items():
+        pd.DataFrame(table).to_csv(folder / f"{name}.csv", index=False)
     run = folder / "runs" / "plain-s0"
     run.mkdir(parents=True)
     about = {"commit": "0123456789abcdef", "dirty": True, "device": text, "seconds": 90}
+    about |= {"arm": "plain", "threads": 1, "peak_memory_gb": 2.5}
     (run / "provenance.json").write_text(json.dumps(about))
     (run / "scores.json").write_text(json.dumps({"provenance": {**about, "seconds": 30}}))
     plots.save(plt.figure(figsize=(1, 1)), folder / "figures", "05_confirmatory", text)
@@ -183,12 +210,15 @@ def test_pages_of_small_results(tmp_path, results):
     assert {"index.html", *(f"{step}.html" for step in STEPS.values())} <= names
     assert f"03_finetune_qlora__{treatment}-s10.html" in names  # first by number, not by name
     assert f"03_finetune_qlora__{treatment}-s2.html" not in names
-    assert len(names) == 1 + 6 + 2 * 4
-    assert len(lines) == 1 and "14 notebooks" in lines[0]
+    assert len(names) == 1 + 7 + 2 * 4
+    assert len(lines) == 1 and "15 notebooks" in lines[0]
     read = {path.name: check(path) for path in index.parent.iterdir()}
     text = read["index.html"].text()
     for part in ("Detected.", "-0.1234 [-0.2000, -0.0500]", "2.2500", "0123456789ab, with unc"):
         assert part in text
+    for part in ("29.79 64.69 +34.90", "seed pairs 3 5 10", "803 pairs +35.1 [+31.2"):
+        assert part in text
+    assert "readable answer" not in text
     assert "2 minutes in all runs" in text
     assert sum(tag == "img" for tag, _ in read["index.html"].elements) == 2
     page = read["04_evaluate.html"]

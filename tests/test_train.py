@@ -248,6 +248,8 @@ def _check_secondary(profile, paths, rows):
     sets = pd.DataFrame(rows).groupby("set").size().to_dict()
     assert sets["verifiable"] == 3 * settings.verifiable_per_family
     assert sets["train"] == settings.train_answer_prompts
+    assert sets["shown"] == len(settings.shown_prompts) == 3
+    assert not any("shown" in name for name in json.loads((run / "scores.json").read_text()))
     assert "test_long_prompt" not in sets and "test_min_tokens" not in sets
     control = pd.DataFrame(data.read_jsonl(paths.run("baseline", 0) / "generations.jsonl"))
     assert {"test_long_prompt", "test_min_tokens"} <= set(control.set)

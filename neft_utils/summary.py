@@ -1,0 +1,229 @@
+"""The questions that people come with, each answered in one place from a profile's files.
+
+Everything here is Markdown made from `claims.json`, `tables/`, `published/` and provenance. The
+README shows it for the promoted profiles, between comments that name block and profile, and the
+report's index shows it for any results. A test holds the README against these functions.
+"""
+
+import math
+import re
+import statistics
+import textwrap
+
+import pandas as pd
+
+from neft_utils import published, stats
+from neft_utils.bench import table as speed_table
+from neft_utils.config import BASE, NOTEBOOKS, REFERENCE, STEPS, Paths, load_profile
+from neft_utils.expected import duration, how_long, notebook_seconds
+from neft_utils.pages import claim_of
+from neft_utils.provenance import ROOT, atomic_write_text, read_json
+from neft_utils.results import digits_of, show
+
+README = ROOT / "README.md"
+BLOCK = re.compile(r"(<!-- (\w+):([\w-]+) -->\n)(.*?)(<!-- /\2 -->)", re.S)
+PLANNED = (3, 5, 10, 20, 40)  # seed pairs
+
+
+def headline(folder):
+    """The verdict; table paper | public leaderboard | ours, without noise and with."""
+    paper = published.paper_results().query("train_data == 'Alpaca' and table in ('1/7', '4')")
+    wins = paper.query("metric == 'win_rate_vs_davinci003'").value.tolist()
+    chars = paper.query("metric == 'response_chars'").value.tolist()
+    pair, found = published.leaderboard_pair(), read_json(folder / "published/comparison.json")
+    raw = (found["raw_difference"], *found["raw_ci"]) if found else ()
+    board = "Leaderboard: the authors' Alpaca model beside another"
+    rows = [
+        ("Paper: LLaMA-2-7B on Alpaca, one seed; win rate, %", *_sides(wins, 2)),
+        ("… length of its answers, characters", *_sides(chars, 0)),
+        (f"{board}; win rate, %", *_sides(pair["raw"][:2], 1, *raw)),
+        ("… the same, length-controlled, %", *_sides(pair["length_controlled"][:2], 1)),
+    ]
+    claims, main = _claims(folder), pd.read_csv(folder / "tables/main.csv").set_index("arm")
+    first = claims["confirmatory"]
+    treatment, control = first["contrast"].split(" - ")
+    pairs = int(main.loc[treatment, "n_seeds"])
+    for name, text in (
+        ("confirmatory", f"**Ours**: {pairs} seed pairs; loss on test rows, "),
+        ("less_overfitting", "… test loss minus training loss, "),
+        ("longer_answers", "… length of the answers, "),
+    ):
+        row = claims[name]
+        sides = main.loc[[control, treatment], row["metric"]].tolist()
+        numbers = (row["estimate"], row["ci_low"], row["ci_high"])
+        cells = _sides(sides, digits_of(row["unit"]), *numbers)
+        rows.append((text + row["unit"], *cells[:2], f"{cells[2]}, {row['verdict']}"))
+    verdict = first["verdict"][:1].upper() + first["verdict"][1:]
+    lines = [
+        f"*{first['claim']}* **{verdict}.**",
+        "",
+        "| | without noise | with noise | difference [95 % interval] |",
+        "|---|---|---|---|",
+    ]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+
+
+def certainty(folder):
+    """How far the confirmatory answer reaches, and what more seed pairs would buy."""
+    row = _claims(folder)["confirmatory"]
+    contrasts = pd.read_csv(folder / "tables/contrasts.csv")
+    treatment, control = row["contrast"].split(" - ")
+    one = contrasts.query("treatment == @treatment and metric == @row['metric']").iloc[0]
+    if row["ci_low"] is None:
+        return f"One seed pair, so no interval: {row['verdict']}.\n"
+    digits, unit = digits_of(row["unit"]), row["unit"]
+    low, high, seen = (show(row[name], digits) for name in ("ci_low", "ci_high", "detectable"))
+    rates = pd.read_csv(folder / "tables/type_one_error.csv")
+    ours, bootstrap = rates.confirmatory.max(), rates.crossed_bootstrap.max()
+    seeds = pd.read_csv(folder / "tables/by_seed.csv").pivot(index="seed", columns="arm")
+    pairs = (seeds[row["metric"], treatment] - seeds[row["metric"], control]).dropna()
+    effects = [stats.detectable_effect(pairs.std() / math.sqrt(n), n - 1) for n in PLANNED]
+    text = (
+        f"{one.n_seeds:.0f} seed pairs and {one.n_examples:.0f} test rows give {low} to {high}"
+        f" {unit}. An effect of {seen} {unit} would have been found four times out of five. In"
+        f" simulated experiments without any effect such an interval excludes zero in at most"
+        f" {ours:.0%} of them (nominal: 5 %), a bootstrap over seeds and rows in up to"
+        f" {bootstrap:.0%}. What more seeds would buy, from the spread between these pairs:"
+    )
+    found = f"smallest effect found four times out of five, {unit}"
+    return "\n".join(
+        [
+            textwrap.fill(text, 96),
+            "",
+            "| seed pairs | " + " | ".join(map(str, PLANNED)) + " |",
+            "|---" * (1 + len(PLANNED)) + "|",
+            f"| {found} | " + " | ".join(show(effect, digits) for effect in effects) + " |",
+            "",
+        ]
+    )
+
+
+def length(folder):
+    """The published gain with length answered every way, and the length of our answers."""
+    views = pd.read_csv(folder / "published/views.csv")
+    found = read_json(folder / "published/comparison.json")
+    lines = ["| published answers: gain in win rate, points | | |", "|---|---|---|"]
+    kinds = {
+        "raw": "as judged",
+        "official": "length-controlled by the leaderboard",
+        "refit": "at equal length, our refit",
+        "matched": "pairs of similar length",
+    }
+    for row in views.itertuples():
+        span = f" [{row.ci_low:+.1f}, {row.ci_high:+.1f}]" if math.isfinite(row.ci_low) else ""
+        count = "" if pd.isna(row.n) else f", {row.n:.0f} pairs"
+        lines.append(f"| {row.view} | {kinds[row.kind]}{count} | {row.estimate:+.1f}{span} |")
+    if found:
+        lines += ["", f"Effect at equal length: {found['overlap']['verdict']}."]
+    claims = _claims(folder)
+    ours, judged = claims["longer_answers"], claims["beyond_length"]
+    return "\n".join(lines) + (
+        f"\n\nOur models' answers: {_estimate(ours)}, *{ours['verdict']}*. Whether they are better"
+        f" at equal length: *{judged['verdict']}*.\n"
+    )
+
+
+def cost(folder):
+    """What noise costs in code, time and memory, and what one run of this profile takes."""
+    claims = _claims(folder)
+    measured = (read_json(path) for path in (folder / "bench.json", _reference("cpu/bench.json")))
+    bench = next((one for one in measured if one), None)
+    about = [read_json(path) for path in folder.glob("runs/*/provenance.json")]
+    trained = [one for one in about if one["arm"] != BASE]
+    rows = [("lines to add to your training code", f"{claims['few_lines']['estimate']:.0f}")]
+    if bench:
+        share = f"{bench['noise_overhead_percent']:.1f} % (`make bench`, {bench['profile']})"
+        rows.append(("drawing and adding the noise, share of a training step", share))
+    rows += [
+        ("training time, with noise minus without", _estimate(claims["training_cost"])),
+        (
+            "time to answer the test prompts, with noise minus without",
+            _estimate(claims["inference_cost"]),
+        ),
+    ]
+    for step, what in ((3, "one run, training"), (4, "one run, scoring and answering")):
+        took = notebook_seconds(folder, step)
+        if took:
+            rows.append((what, f"{duration(statistics.median(took))} (median of {len(took)})"))
+    memory = max(one["peak_memory_gb"] for one in about)
+    device = (
+        f"{trained[0]['device']}, {trained[0]['threads']} thread a run, {memory:.1f} GB at most"
+    )
+    lines = ["| | measured |", "|---|---|", *(f"| {what} | {value} |" for what, value in rows)]
+    return "\n".join([*lines, "", f"On {device}."]) + "\n"
+
+
+def evidence(folder):
+    """The ledger, and the table of all metrics by arm."""
+    tables = folder / "tables"
+    return f"""\
+{(tables / "claims.md").read_text("utf-8")}
+<details><summary>All metrics by arm</summary>
+
+{(tables / "main.md").read_text("utf-8")}
+</details>
+"""
+
+
+def notebooks(folder):
+    """Index of the notebooks: title, claim, executed copy in `folder`, and how long it took."""
+    paths, treatment = (
+        Paths(folder.name, REFERENCE),
+        load_profile(folder.name).confirmatory.treatment,
+    )
+    place = f"{REFERENCE}/{folder.name}/notebooks"
+    lines = ["| notebook | the claim that it tests | executed | took |", "|---|---|---|---|"]
+    for step, name in STEPS.items():
+        first = "".join(read_json(NOTEBOOKS / f"{name}.ipynb")["cells"][0]["source"])
+        title, claim = re.search(r"^# (.+)", first)[1], claim_of(first)
+        copies = sorted(p.name for p in (folder / "notebooks").glob(f"{name}*.ipynb"))
+        shown = next((c for c in copies if f"__{treatment}-" in c), copies[0] if copies else None)
+        read = f"[read]({place}/{shown})" if shown else "–"
+        took = how_long(paths, step, short=True) if shown else "–"
+        lines.append(f"| [{title}](notebooks/{name}.ipynb) | {claim} | {read} | {took} |")
+    return "\n".join(lines) + "\n"
+
+
+def speed(folder):
+    """The tables of `make bench`."""
+    return speed_table(read_json(folder / "bench.json"))
+
+
+BLOCKS = {f.__name__: f for f in (headline, certainty, length, cost, evidence, notebooks, speed)}
+
+
+def update_readme():
+    """Write every generated block of the README anew; returns whether any changed."""
+    text = README.read_text("utf-8")
+    new = BLOCK.sub(lambda m: m[1] + BLOCKS[m[2]](_reference(m[3])) + m[5], text)
+    if new != text:
+        atomic_write_text(README, new)
+    return new != text
+
+
+def _reference(name):
+    return ROOT / REFERENCE / name
+
+
+def _claims(folder):
+    return {row["id"]: row for row in read_json(folder / "claims.json")}
+
+
+def _sides(sides, digits, estimate=None, low=None, high=None):
+    """Cells: value without, value with, difference with its interval.
+
+    estimate: the difference, where it is not that of the sides.
+    """
+    without, noisy = sides
+    estimate = noisy - without if estimate is None else estimate
+    span = "" if low is None else f" [{low:+.{digits}f}, {high:+.{digits}f}]"
+    return f"{without:.{digits}f}", f"{noisy:.{digits}f}", f"{estimate:+.{digits}f}{span}"
+
+
+def _estimate(row):
+    if row["estimate"] is None:
+        return row["verdict"]
+    digits, span = digits_of(row["unit"]), ""
+    if row["ci_low"] is not None:
+        span = f" [{row['ci_low']:+.{digits}f}, {row['ci_high']:+.{digits}f}]"
+    return f"{row['estimate']:+.{digits}f}{span} {row['unit']}"
