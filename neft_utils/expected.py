@@ -64,12 +64,11 @@ def how_long(paths, step, short=False):
             time = duration(statistics.median(took))
             if short:
                 return time if len(took) == 1 else f"{time} a run"
-            many = f" (median of {len(took)} runs)" if len(took) > 1 else ""
-            memory = max(one["peak_memory_gb"] for one in about)
-            return (
-                f"profile {profile}, on {about[0]['device']}, {about[0]['threads']} thread a run:"
-                f" {time}{many}, at most {memory:.1f} GB"
-            )
+            if len(took) > 1:
+                memory = max(one["peak_memory_gb"] for one in about)
+                time += f" (median of {len(took)} runs, at most {memory:.1f} GB)"
+            where = f"{about[0]['device']}, {about[0]['threads']} thread"
+            return f"{time} in the reference run of profile {profile} ({where})"
     return "not known: no reference run is stored"
 
 

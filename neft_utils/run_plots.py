@@ -91,9 +91,12 @@ def training_curve(log):
     log: train_log.csv of a run, columns epoch, train_loss and validation_nll (nats per token).
     """
     figure, axis = plt.subplots()
-    axis.plot(log.epoch, log.train_loss, color=UNTRAINED, linewidth=1, label="training, one step")
-    smooth = log.train_loss.rolling(15, min_periods=1, center=True).mean()
-    axis.plot(log.epoch, smooth, color=BASELINE, linewidth=2, label="training, mean of 15 steps")
+    noisy = log.dropna(subset="train_loss")
+    window = max(2, len(noisy) // 8)
+    smooth = noisy.train_loss.rolling(window, min_periods=1, center=True).mean()
+    axis.plot(noisy.epoch, noisy.train_loss, color=UNTRAINED, linewidth=1, label="training, a step")
+    label = f"training, mean of {window} steps"
+    axis.plot(noisy.epoch, smooth, color=BASELINE, linewidth=2, label=label)
     clean = log.dropna(subset="validation_nll")
     axis.plot(
         clean.epoch, clean.validation_nll, "o-", color=COLOURS[0], label="validation, noise off"

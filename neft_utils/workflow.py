@@ -151,6 +151,9 @@ def run_all(profile, reference, paths, count, lock):
     lock: file descriptor that Snakemake keeps open, so that the lock outlives a killed parent.
     """
     environment = dict(os.environ, PYTHONHASHSEED="0", TOKENIZERS_PARALLELISM="false")
+    # Steps call "python": the one that runs this, whether or not its environment is activated.
+    own = os.path.dirname(sys.executable)
+    environment["PATH"] = f"{own}{os.pathsep}{environment.get('PATH', os.defpath)}"
     if profile.device == "cpu":  # two threads of one run fight as soon as anything else runs
         environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         environment |= ONEDNN

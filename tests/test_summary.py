@@ -72,11 +72,13 @@ def test_how_long_a_notebook_took(places):
         about = {"device": "Abacus", "threads": 1, "peak_memory_gb": 2.25}
         (profile / "runs" / "baseline-s0" / "provenance.json").write_text(json.dumps(about))
     assert expected.how_long(paths, 3) == (
-        "profile smoke, on Abacus, 1 thread a run: 30 s, at most 2.2 GB"
+        "30 s in the reference run of profile smoke (Abacus, 1 thread)"
     )
     fallen_back = expected.how_long(Paths("mine", paths.out), 3)
-    assert fallen_back.startswith("profile cpu, on Abacus")
-    assert "1.8 min (median of 3 runs)" in fallen_back
+    assert fallen_back == (
+        "1.8 min (median of 3 runs, at most 2.2 GB) in the reference run of profile cpu"
+        " (Abacus, 1 thread)"
+    )
     assert expected.how_long(Paths("cpu", paths.out), 3, short=True) == "1.8 min a run"
 
 
