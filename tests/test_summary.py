@@ -2,14 +2,14 @@
 
 import json
 import re
+import shutil
 
 import pandas as pd
 import pytest
 
-from neft_utils import expected, published, summary
-from neft_utils.config import BASE, REFERENCE, Paths
+from neft_utils import expected, published, results, summary
+from neft_utils.config import BASE, REFERENCE, ConfigError, Paths
 from neft_utils.provenance import ROOT
-from neft_utils.results import side_by_side
 
 README = (ROOT / "README.md").read_text("utf-8")
 
@@ -89,7 +89,7 @@ def test_answers_side_by_side():
     empty = pd.DataFrame()
     runs = {(BASE, 0): {"generations": rows}, ("noisy", 3): {"generations": rows}}
     runs |= {("noisy", 1): {"generations": empty}, ("plain", 0): {"generations": empty}}
-    table = side_by_side(runs, [BASE, "plain", "noisy"], ["one?", "two?"], longest=10)
+    table = results.side_by_side(runs, [BASE, "plain", "noisy"], ["one?", "two?"], longest=10)
     assert list(table.columns) == ["base, seed 0", "noisy, seed 3"]
     assert table.loc["one?"].tolist() == ["short"] * 2
     assert table.loc["two?", "base, seed 0"] == "x" * 10 + "…"
@@ -138,3 +138,22 @@ def test_the_headline_has_the_papers_the_leaderboards_and_our_numbers():
     shown = [float(cell.split()[0]) for cell in rows[4][1:]]
     assert shown == pytest.approx([*means, means[1] - means[0]], abs=6e-5)
     assert f"{half} seed pairs" in rows[4][0]
+
+
+# --------------------------------------------------------------------------- stored results
+
+
+def test_without_own_results_the_evidence_is_read(tmp_path, capsys):
+    profile, paths, runs = results.open_results("smoke", str(tmp_path))
+    assert profile.name in expected.EVIDENCE and ("baseline", 0) in runs
+    assert paths.out == str(tmp_path)
+    said = capsys.readouterr().out
+    assert said == f"no finished smoke runs in {tmp_path}: reading {REFERENCE}/{profile.name}\n"
+
+
+def test_a_run_of_an_older_version_is_named(tmp_path):
+    run = tmp_path / "runs" / "baseline-s0"
+    shutil.copytree(summary._reference("cpu") / "runs" / "baseline-s0", run)
+    (run / "stopping.csv").unlink()
+    with pytest.raises(ConfigError, match="^run baseline-s0 has no stopping: .*make reproduce$"):
+        results.load_runs(tmp_path / "runs")
