@@ -1,6 +1,7 @@
 # The steps of a profile as a graph; `make reproduce` calls it, nothing else schedules.
-# A step is redone when its inputs or its `key` change: see neft_utils.config.step_key.
-from neft_utils.config import BASE, Paths, load_profile, step_key
+# A step is redone when its inputs or its `key` change: see neft_utils.keys.step_key.
+from neft_utils.config import BASE, Paths, load_profile
+from neft_utils.keys import step_key
 
 PROFILE = load_profile(config["profile"])
 PATHS = Paths(PROFILE.name, config["out"])

@@ -21,8 +21,8 @@ from neft_utils.config import (
     ConfigError,
     Paths,
     load_profile,
-    step_key,
 )
+from neft_utils.keys import step_key
 from neft_utils.provenance import ROOT
 from neft_utils.workflow import estimate, execute, one_line, run_all, workers, write_notebook
 

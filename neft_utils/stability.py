@@ -238,16 +238,6 @@ def stopping(model, tokenizer, rows, batch_tokens):
 # ------------------------------------------------------------------------------- embeddings
 
 
-def relative_noise(weight, length, noise_alpha):
-    """Root mean square norm of NEFTune's noise on a token over the mean norm of the table's rows.
-
-    weight: (vocabulary, hidden_size) embedding table; length: tokens of the sequence.
-    """
-    bound = float(noise_scale([length], weight.shape[1], noise_alpha))
-    noise = bound * math.sqrt(weight.shape[1] / 3)
-    return noise / float(weight.detach().float().norm(dim=1).mean())
-
-
 @torch.no_grad()
 def token_flips(weight, length, noise_alpha, n_tokens=1024, seed=0, distance="cosine"):
     """Share of tokens whose nearest clean embedding is another token's once noise is added.

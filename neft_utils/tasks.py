@@ -10,9 +10,19 @@ import time
 
 import pandas as pd
 
-from neft_utils import benchmarks, data, judge, metrics, provenance, stability, verifiable
-from neft_utils.config import BASE, as_dict, decoding_name, step_key
+from neft_utils import (
+    benchmarks,
+    data,
+    judge,
+    metrics,
+    provenance,
+    sources,
+    stability,
+    verifiable,
+)
+from neft_utils.config import BASE, as_dict, decoding_name
 from neft_utils.generate import answer
+from neft_utils.keys import step_key
 from neft_utils.model import (
     encode,
     load_base,
@@ -103,7 +113,7 @@ class Answers:
         """Test answers cut to as many tokens as another run's; to: that run's folder."""
         limits = {
             row["example_id"]: row["n_tokens"]
-            for row in data.read_jsonl(to / "generations.jsonl")
+            for row in sources.read_jsonl(to / "generations.jsonl")
             if row["set"] == "test"
         }
         for row in [row for row in self.rows if row["set"] == "test"]:

@@ -19,8 +19,9 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from neft_utils import data, provenance
-from neft_utils.config import as_dict, step_key
+from neft_utils.config import as_dict
 from neft_utils.fast import lean_lora
+from neft_utils.keys import step_key
 from neft_utils.model import (
     encode,
     load_base,

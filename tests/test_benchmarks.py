@@ -14,11 +14,12 @@ import pytest
 import torch
 from tiny import lively_nano
 
-from neft_utils import benchmarks, data, provenance
+from neft_utils import benchmarks, provenance
 from neft_utils import model as m
 from neft_utils.config import BENCHMARKS, Model, load_profile
 from neft_utils.noise import noisy_embeddings
 from neft_utils.provenance import PACKAGES, ROOT, ProvenanceError
+from neft_utils.sources import DataError
 
 NANO = Model(source="nano")
 CHOICES = {"openbookqa": 4, "siqa": 3}
@@ -213,7 +214,7 @@ def test_a_damaged_task_file_is_refused_by_task_item_and_cause(tasks, own_data, 
     damage(rows[0])
     path = own_data / "tasks" / "openbookqa.jsonl"
     provenance.write_jsonl(path, rows)
-    with pytest.raises(data.DataError) as caught:
+    with pytest.raises(DataError) as caught:
         benchmarks.items("openbookqa")
     message = str(caught.value)
     assert message.startswith("openbookqa, " + cause.format(id=name))

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from neft_utils import config
+from neft_utils import keys as keys_of
 
 NAMES = sorted(path.stem for path in config.PROFILES.glob("*.yaml"))
 GOOD = yaml.safe_load((config.PROFILES / "nano.yaml").read_text("utf-8"))
@@ -150,8 +151,8 @@ def edit(path, old, new):
 
 def keys(profile):
     return {
-        step: config.step_key(profile, step, "neft_a15", 0) if step in (3, 4) else
-        config.step_key(profile, step)
+        step: keys_of.step_key(profile, step, "neft_a15", 0) if step in (3, 4) else
+        keys_of.step_key(profile, step)
         for step in config.STEPS
     }  # fmt: skip
 

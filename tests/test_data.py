@@ -11,10 +11,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from neft_utils import data
+from neft_utils import data, sources
 from neft_utils.config import Data
-from neft_utils.data import DataError, load_split, prepare, read_jsonl
+from neft_utils.data import load_split, prepare
 from neft_utils.provenance import ROOT, sha256_file
+from neft_utils.sources import DataError, read_jsonl
 
 JSON = Data(source="json", train_rows=8, validation_rows=4, test_rows=6)
 SHAREGPT = Data(source="sharegpt", train_rows=1, validation_rows=1, test_rows=1)
@@ -483,7 +484,7 @@ def test_missing_files_wrong_encodings_and_missing_paths(tmp_path):
 
 
 def test_a_relative_path_also_counts_from_the_repository(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "ROOT", tmp_path)
+    monkeypatch.setattr(sources, "ROOT", tmp_path)
     write(tmp_path / "mine.json", distinct_rows(20))
     manifest = prepare(replace(JSON, path="mine.json"), [], tmp_path / "out", words)
     assert list(manifest["sources"]) == ["mine.json"]
@@ -658,7 +659,7 @@ def test_the_real_sharegpt_file_yields_about_a_thousand_clean_rows(tmp_path):
             for pair in words(rows)
         ]
 
-    manifest = prepare(config, [0], tmp_path, roughly, **data.source_files(config))
+    manifest = prepare(config, [0], tmp_path, roughly, **sources.source_files(config))
     counts = [step["rows"] for step in manifest["funnel"]]
     assert counts[:2] == [9390, 9385]  # conversations that begin human, gpt; non-empty ones
     assert 900 < counts[-1] < 1200

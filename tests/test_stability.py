@@ -394,13 +394,6 @@ def test_equal_rows_and_empty_rows_are_no_flips(table, distance):
     assert stability.token_flips(weight, 50, 0, len(twins), distance=distance) == 0
 
 
-def test_relative_noise_is_what_the_noise_measures(table):
-    unit = torch.rand(4000, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    noise = unit * 15 / (50 * 32) ** 0.5
-    expected = noise.norm(dim=1).square().mean().sqrt() / table.norm(dim=1).mean()
-    assert stability.relative_noise(table, 50, 15) == pytest.approx(float(expected), rel=0.01)
-
-
 def test_bad_flips_are_refused(table):
     for options, message in (
         ({"distance": "l1"}, "distance must be 'cosine' or 'euclidean', not 'l1'"),
