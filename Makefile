@@ -28,7 +28,7 @@ smoke: env  ## run the whole chain at tiny sizes (about 3 minutes on 2 cores)
 	@$(NEFT) reproduce --profile smoke
 
 reproduce: env  ## run all notebooks of PROFILE (default: cpu, or gpu-small with a GPU)
-	@$(NEFT) reproduce $(WITH)
+	@$(NEFT) reproduce $(WITH) $(if $(CORES),--cores $(CORES))
 
 figures: env  ## make figures and tables again from stored results, in seconds
 	@$(NEFT) figures $(WITH)

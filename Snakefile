@@ -119,6 +119,7 @@ rule published:
 rule compare:
     input: *SCORES, f"{R}/published/leaderboard.csv",
     output: f"{R}/claims.json", f"{R}/tables/main.csv", f"{R}/tables/main.md",
+        f"{R}/tables/claims.md",
         f"{R}/notebooks/05_compare_and_plot.ipynb",
     params: key=key(5),
     shell: command(5)

@@ -133,6 +133,10 @@ def reproduce(arguments):
     probe = paths.results / ".writable"
     provenance.atomic_write_text(probe, "")
     probe.unlink()
+    if arguments.cores is not None and arguments.cores < 1:
+        raise ConfigError(f"--cores must be at least 1, not {arguments.cores}")
+    if profile.device == "cuda" and shutil.which("nvidia-smi") is None:
+        raise ConfigError(f"profile {profile.name} needs a GPU and none is here: use PROFILE=cpu")
     count = workers(profile, arguments.cores)
     (ROOT / ".snakemake").mkdir(exist_ok=True)
     with open(ROOT / ".snakemake" / "reproduce.lock", "w") as lock:
@@ -159,7 +163,12 @@ def figures(arguments):
     if not (paths.results / "runs").is_dir():
         if not (stored.results / "runs").is_dir():
             raise ConfigError(f"no stored results of {profile.name}: run make reproduce first")
-        shutil.copytree(stored.results, paths.results, dirs_exist_ok=True)
+        partial = paths.results.with_name(f".{paths.results.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(stored.results, partial)
+        shutil.rmtree(paths.results, ignore_errors=True)
+        partial.rename(paths.results)
+        print(f"no local runs of {profile.name}: these are the numbers of {REFERENCE}")
     for step in FIGURE_STEPS:
         execute(profile, reference, paths, step)
         print(f"{STEPS[step]} done")
@@ -174,8 +183,8 @@ def promote(arguments):
     state = provenance.git_state()
     if state["commit"] is None or state["dirty"]:
         raise ConfigError("promote needs a clean commit: commit or undo your changes first")
-    commits = set()
-    for arm, seed in [(BASE, 0), *profile.runs()]:
+    commits, runs = set(), [(BASE, 0), *profile.runs()]
+    for arm, seed in runs:
         run = paths.run(arm, seed)
         if not (run / "scores.json").exists() or not (run / "provenance.json").exists():
             raise ConfigError(f"run {arm}-s{seed} is not complete: run make reproduce first")
@@ -185,24 +194,36 @@ def promote(arguments):
             if one["dirty"]:
                 raise ConfigError(f"run {arm}-s{seed} ran with uncommitted changes: run it again")
             commits.add(one["commit"])
-        if scored["step_key"] != step_key(profile, 4, arm, seed):
+        keys = {4: scored["step_key"]}
+        if arm != BASE:
+            keys[3] = json.loads((run / "config.json").read_text("utf-8"))["step_key"]
+        if any(found != step_key(profile, step, arm, seed) for step, found in keys.items()):
             raise ConfigError(f"run {arm}-s{seed} is older than the code: run make reproduce")
     if len(commits) > 1:
         raise ConfigError(f"runs come from {len(commits)} commits: delete the older ones")
     if not (paths.results / "claims.json").exists():
         raise ConfigError("no claims.json: run make reproduce first")
     target = Paths(profile.name, REFERENCE).results
-    shutil.rmtree(target, ignore_errors=True)
+    new, old = (target.with_name(f".{target.name}.{word}") for word in ("new", "old"))
+    shutil.rmtree(new, ignore_errors=True)
     keep_out = shutil.ignore_patterns(
         "adapter", "trainer", "report", "*.log", ".*", "*.failed.ipynb"
     )
-    shutil.copytree(paths.results, target, ignore=keep_out)
-    _promote_bench(profile, paths, target)
-    for path in target.glob("notebooks/*.ipynb"):
+    shutil.copytree(paths.results, new, ignore=keep_out)
+    for run in (new / "runs").iterdir():  # of an earlier version of the profile
+        if run.name not in {f"{arm}-s{seed}" for arm, seed in runs}:
+            shutil.rmtree(run)
+    _promote_bench(profile, paths, target, new)
+    for path in new.glob("notebooks/*.ipynb"):
         _make_public(path)
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
     update_readme()
     print(
-        f"promoted {len(profile.runs()) + 1} runs of {commits.pop()[:12]} to"
+        f"promoted {len(runs)} runs of {commits.pop()[:12]} to"
         f" {os.path.relpath(target, ROOT)}: commit it"
     )
 
@@ -210,28 +231,25 @@ def promote(arguments):
 def _make_public(path):
     """Take rows of the dataset and this machine's paths out of an executed notebook.
 
-    Cells tagged shows-data in the source notebook print rows, which may not be published;
-    warnings name files by their full path.
+    Cells tagged shows-data print rows, which may not be published; warnings name files by their
+    full path.
     """
-    source = json.loads((NOTEBOOKS / f"{path.stem.split('__')[0]}.ipynb").read_text("utf-8"))
-    private = [
-        c["source"] for c in source["cells"] if "shows-data" in c["metadata"].get("tags", [])
-    ]
     copy = json.loads(path.read_text("utf-8").replace(f"{ROOT}{os.sep}", ""))
     note = "rows of the dataset: run this notebook to see them, they are not published\n"
     for cell in copy["cells"]:
-        if cell["source"] in private:
+        if "shows-data" in cell["metadata"].get("tags", []):
             cell["outputs"] = [{"name": "stdout", "output_type": "stream", "text": [note]}]
     write_notebook(path, copy)
 
 
-def _promote_bench(profile, paths, target):
-    """Take bench.json along if `make bench` ran for this profile at a clean commit."""
-    measured = ROOT / paths.out / "bench.json"
-    if measured.exists():
-        found = json.loads(measured.read_text("utf-8"))
-        if found["profile"] == profile.name and not found["dirty"]:
-            shutil.copy(measured, target / "bench.json")
+def _promote_bench(profile, paths, target, new):
+    """Take bench.json along if `make bench` ran for this profile at a clean commit, else keep the
+    one that was promoted before."""
+    for measured in (ROOT / paths.out / "bench.json", target / "bench.json"):
+        found = provenance.read_json(measured)
+        if found and found["profile"] == profile.name and not found["dirty"]:
+            shutil.copy(measured, new / "bench.json")
+            return
 
 
 def compare(arguments):

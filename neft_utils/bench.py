@@ -174,7 +174,7 @@ def _launch(row, reference, out, steps):
             command = [sys.executable, "-m", "neft_utils.bench", json.dumps(task)]
             with open(Path(folder) / f"log-{number}", "w") as log:
                 processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-        codes = [process.wait() for process in processes]
+        codes = _wait(processes)
         for number, code in enumerate(codes):
             if code:
                 tail = (Path(folder) / f"log-{number}").read_text("utf-8").strip().splitlines()
@@ -182,6 +182,17 @@ def _launch(row, reference, out, steps):
                 raise RuntimeError(f"bench {row.name}: {reason}")
         files = [Path(folder) / f"result-{number}.json" for number in range(row.processes)]
         return [json.loads(file.read_text("utf-8")) for file in files]
+
+
+def _wait(processes):
+    """Exit codes. When one fails the others are stopped, which would wait for it to begin; they
+    count as 0."""
+    while None in (codes := [process.poll() for process in processes]) and not any(codes):
+        time.sleep(0.1)
+    for process in processes:
+        process.terminate()
+        process.wait()
+    return [code or 0 for code in codes]
 
 
 # --------------------------------------------------------------------- in a process of its own

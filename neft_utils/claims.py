@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import yaml
 
 from neft_utils import provenance, stats
-from neft_utils.config import BASE, NOTEBOOKS, STEPS, decoding_name
+from neft_utils.config import BASE, NOTEBOOKS, STEPS, ConfigError, decoding_name
 from neft_utils.published import FACTS, paper_results
 from neft_utils.results import (
     METRICS,
@@ -26,6 +26,7 @@ from neft_utils.results import (
     show,
 )
 
+FIRST = "confirmatory"
 MANY_ROWS = 1000  # training rows from which a profile speaks of much data
 
 
@@ -62,11 +63,12 @@ def arms_of(pair, profile):
     if pair == "much_data":
         return (treatment, [control]) if profile.data.train_rows >= MANY_ROWS else None
     if pair == "alpha":
-        weaker = [n for n in whole if profile.arms[n].noise_alpha < noisy[treatment].noise_alpha]
-        arm = min(weaker, key=lambda n: profile.arms[n].noise_alpha, default=None)
+        weaker = [n for n in whole if noisy[n].noise_alpha < profile.arms[treatment].noise_alpha]
+        arm = min(weaker, key=lambda n: noisy[n].noise_alpha, default=None)
         return arm and (treatment, [arm])
     if pair == "too_strong":
-        strong = [n for n in whole if noisy[n].noise_alpha >= 3 * noisy[treatment].noise_alpha]
+        usual = profile.arms[treatment].noise_alpha
+        strong = [n for n in whole if noisy[n].noise_alpha >= 3 * usual > 0]
         return (strong[0], [control]) if strong else None
     if pair == "regularisers":
         others = [n for n in plain if profile.arms[n].lora_dropout or profile.arms[n].weight_decay]
@@ -101,7 +103,9 @@ def ledger(runs, seeds, profile, decoding):
         elif pair is not None:
             found[name] = contrast(runs, seeds, *pair, claim.metric, decoding)
     testable = {n for n, one in found.items() if one is not None and math.isfinite(one.ci_low)}
-    secondary = [n for n in CLAIMS if n in testable - {"confirmatory", "few_lines"}]
+    # A profile of many rows answers much_data by the confirmatory contrast itself.
+    same = {n for n in arms if (arms[n], CLAIMS[n].metric) == (arms[FIRST], CLAIMS[FIRST].metric)}
+    secondary = [n for n in CLAIMS if n in testable - same - {"few_lines"}]
     adjusted = dict(
         zip(secondary, stats.holm([stats.p_value(found[n]) for n in secondary]), strict=True)
         if secondary
@@ -199,6 +203,10 @@ def claims_markdown(rows):
 
 def write_tables(profile, runs, paths):
     """Compute and write tables/*.csv|md and claims.json; returns them as a dict."""
+    if unknown := sorted(set(profile.margins) - set(METRICS)):
+        raise ConfigError(
+            f"profile {profile.name}: margins.{unknown[0]} is no metric: use {', '.join(METRICS)}"
+        )
     decoding = decoding_name(profile.evaluate.repetition_penalty)
     seeds = by_seed(runs, decoding)
     arms = [arm for arm in (BASE, *profile.arms) if arm in set(seeds.arm)]

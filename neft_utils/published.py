@@ -21,6 +21,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+from scipy.stats import t
 
 from neft_utils import length_control, metrics, provenance
 from neft_utils.config import REFERENCE, Paths
@@ -54,12 +55,12 @@ def decoding_rows():
     return pd.read_csv(FACTS / "published_decoding.csv")
 
 
-def leaderboard_pair(control=CONTROL, treatment=TREATMENT, board="AlpacaEval 1"):
+def leaderboard_pair(control=CONTROL, treatment=TREATMENT):
     """One pair of rows as {"raw", "length_controlled", "chars"}: (control, treatment, difference).
 
-    Differences are treatment minus control: percentage points and characters.
+    Of AlpacaEval 1. Differences are treatment minus control: percentage points and characters.
     """
-    rows = leaderboard_rows().query("leaderboard == @board").set_index("model")
+    rows = leaderboard_rows().query("leaderboard == 'AlpacaEval 1'").set_index("model")
     names = ("win_rate", "length_controlled_win_rate", "avg_chars")
     out = {}
     for name, column in zip(("raw", "length_controlled", "chars"), names, strict=True):
@@ -286,7 +287,7 @@ def views(comparison, pair):
     """One row per answer to "how much better?": view, kind, estimate, ci_low, ci_high, n (points).
 
     comparison: from `compare`, or None; then the leaderboard's two numbers, which have no
-    intervals. Matched pairs get estimate ± 1.96 standard errors.
+    intervals. Matched pairs get a t interval over pairs.
     """
     official = ["leaderboard, length-controlled", "official", pair["length_controlled"][2]]
     rows = [["leaderboard, raw", "raw", pair["raw"][2]], official]
@@ -296,7 +297,8 @@ def views(comparison, pair):
         for form, values in comparison["length_controlled"].items():
             rows.append([form.replace("_", " "), "refit", *values, n])
         for tolerance, (mean, se, count) in comparison["length_matched"].items():
-            ends = [None, None] if se is None else [mean - 1.96 * se, mean + 1.96 * se]
+            wide = None if se is None else se * t.ppf(0.975, count - 1)
+            ends = [None, None] if se is None else [mean - wide, mean + wide]
             rows.append([f"length within {float(tolerance):.0%}", "matched", mean, *ends, count])
     rows = [row + [None] * (len(VIEWS) - len(row)) for row in rows]
     numbers = dict.fromkeys(VIEWS[2:5], float) | {"n": "Int64"}

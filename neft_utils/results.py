@@ -12,7 +12,7 @@ import math
 import pandas as pd
 
 from neft_utils import length_control, stats
-from neft_utils.config import REFERENCE, ConfigError, Paths, load_profile
+from neft_utils.config import BASE, REFERENCE, ConfigError, Paths, load_profile
 from neft_utils.expected import EVIDENCE
 from neft_utils.provenance import read_json
 from neft_utils.sources import read_jsonl
@@ -89,7 +89,9 @@ def open_results(profile, out):
         if all(list(found.glob(f"{arm}-s*/scores.json")) for arm in wanted):
             if (name, folder) != (profile, out):
                 print(f"no finished {profile} runs in {out}: reading {folder}/{loaded.name}")
-            return loaded, Paths(loaded.name, out), load_runs(found)
+            runs = load_runs(found)  # without those of an earlier version of the profile
+            runs = {run: runs[run] for run in [(BASE, 0), *loaded.runs()] if run in runs}
+            return loaded, Paths(loaded.name, out), runs
     raise ConfigError(f"no finished runs of {profile}: run make reproduce PROFILE={profile} first")
 
 
@@ -160,11 +162,17 @@ def by_seed(runs, decoding):
             where = f"train/{decoding}/" if name.startswith("train_") else f"{decoding}/"
             row[name] = scores.get(name, scores.get(where + name.removeprefix("train_")))
         row["answer_seconds"] = scores["provenance"]["phase_seconds"]["answers"] or None
+        if {"test_long_prompt", "test_min_tokens", "test_cut"} & _sets(run["generations"]):
+            row["answer_seconds"] = None  # the control answered more than the others
         if run["log"] is not None:
             row["best_validation_nll"] = run["log"].validation_nll.min()
             row["train_seconds"] = run["provenance"]["train_seconds"]
         rows.append(row)
     return pd.DataFrame(rows).astype(dict.fromkeys(METRICS, float))
+
+
+def _sets(generations):
+    return set(generations["set"]) if len(generations) else set()
 
 
 def main_table(seeds, arms):
@@ -216,9 +224,10 @@ def contrast(runs, seeds, treatment, controls, name, decoding):
     seed has its own), the t interval over seed pairs.
     """
     deltas = paired(runs, treatment, controls, name, decoding)
-    if deltas is not None and len(deltas):
+    if deltas is not None:
         whole = deltas.groupby("example_id").seed.transform("size") == deltas.seed.nunique()
-        return stats.confirmatory_interval(deltas[whole])
+        if whole.any():
+            return stats.confirmatory_interval(deltas[whole])
     wide = seeds[seeds.arm.isin([treatment, *controls])]
     wide = wide.pivot(index="seed", columns="arm", values=name)
     if not {treatment, *controls} <= set(wide.columns):
@@ -229,7 +238,10 @@ def contrast(runs, seeds, treatment, controls, name, decoding):
 
 
 def contrasts(runs, seeds, profile, decoding):
-    """Every arm against its control in every metric: tidy DataFrame with intervals."""
+    """Every arm against its control in every metric: tidy DataFrame with intervals.
+
+    p and verdict are not corrected for how many there are: they say where to look.
+    """
     rows = []
     for arm in profile.arms:
         control = profile.control_of(arm)

@@ -127,6 +127,38 @@ def detectable_effect(se: float, df: float, alpha: float = 0.05, power: float = 
     return float(se * brentq(shortfall, 0.0, high))
 
 
+def variance_components(deltas: pd.DataFrame) -> tuple[float, float, float]:
+    """(A, B, C): variances of what is special to a seed, to an example, and to both together.
+
+    By the expected mean squares of `confirmatory_interval`, set to 0 if negative; in the unit of
+    delta squared. Input and errors as there, and ValueError for fewer than 2 seeds.
+    """
+    values = _crossed_matrix(deltas)
+    n_seeds, n_examples = values.shape
+    if n_seeds < 2:
+        raise ValueError(f"a spread between seeds needs 2 of them, got {n_seeds}")
+    _, (ms_seed, ms_example, ms_rest) = _mean_squares(values)
+    seed, example = (ms_seed - ms_rest) / n_examples, (ms_example - ms_rest) / n_seeds
+    return max(float(seed), 0.0), max(float(example), 0.0), float(ms_rest)
+
+
+def planned_effects(
+    deltas: pd.DataFrame, seeds: Sequence[int] = (3, 5, 10, 20, 40), power: float = 0.8
+) -> pd.DataFrame:
+    """What the same design with more or fewer seed pairs would find: n_seeds, detectable.
+
+    The variances are taken as known from these deltas, the examples stay as many as they are, so
+    that B/N stays however many seeds there are. detectable as in `Interval`, in delta's unit.
+    """
+    a, b, c = variance_components(deltas)
+    n_examples, rows = deltas["example_id"].nunique(), []
+    for n_seeds in seeds:
+        expected = (np.float64(x) for x in (c + n_examples * a, c + n_seeds * b, c))
+        _, se, df = _combined(tuple(expected), n_seeds, n_examples, level=0.95)
+        rows.append((n_seeds, detectable_effect(float(se), float(df), power=power)))
+    return pd.DataFrame(rows, columns=["n_seeds", "detectable"])
+
+
 def type_one_error(
     n_seeds: int,
     ratio: float,
@@ -212,7 +244,6 @@ def non_inferiority(interval: Interval, margin: float, higher_is_better: bool) -
 
 def verdict(
     interval: Interval | None,
-    testable: bool = True,
     elsewhere: str | None = None,
     unit: str = "",
     claimed: int = 0,
@@ -222,14 +253,14 @@ def verdict(
     """The only place where results become words.
 
     "detected" if the interval excludes 0, else "not detected (could have seen ≥ x unit)" with x
-    the smallest detectable effect; "not testable here (see profile y)" with y = elsewhere if
-    testable is False or there is no interval. claimed: sign of the effect that a claim predicts
+    the smallest detectable effect; "not testable here (see profile y)" with y = elsewhere
+    if there is no interval. claimed: sign of the effect that a claim predicts
     (0: none); an effect of the other sign is "detected, opposite to the claim". adjusted_p: from
     `holm`; at 0.05 or more it takes a detection back. margin: for a claim of "no worse" in a
     metric where higher is better, how much worse still counts as that; says in addition whether
     `non_inferiority` holds. ValueError for a bootstrap, which has no x.
     """
-    if not testable or interval is None or not isfinite(interval.ci_low):
+    if interval is None or not isfinite(interval.ci_low):
         return "not testable here" + (f" (see profile {elsewhere})" if elsewhere else "")
     if not isfinite(interval.detectable):
         raise ValueError("verdict needs confirmatory_interval or seed_interval, not a bootstrap")
@@ -254,18 +285,35 @@ def _t_arithmetic(values: np.ndarray, level: float) -> tuple[np.ndarray, ...]:
 
     Takes stacks, so that `type_one_error` tests the arithmetic of the real interval.
     """
+    mean, squares = _mean_squares(values)
+    return mean, *_combined(squares, *values.shape[-2:], level)
+
+
+def _mean_squares(values: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+    """Means and (MS_seed, MS_example, MS_rest), shape (...) each, of (..., S, N) values."""
     n_seeds, n_examples = values.shape[-2:]
     mean = values.mean((-2, -1), keepdims=True)
     by_seed = values.mean(-1, keepdims=True) - mean
     by_example = values.mean(-2, keepdims=True) - mean
     rest = values - mean - by_seed - by_example
-    # With one example the last two sums are 0 and have no degrees of freedom: 0 / 1.
-    dfs = n_seeds - 1, max(n_examples - 1, 1), max((n_seeds - 1) * (n_examples - 1), 1)
+    dfs = _dfs(n_seeds, n_examples)
     ms_seed = n_examples * (by_seed**2).sum((-2, -1)) / dfs[0]
     ms_example = n_seeds * (by_example**2).sum((-2, -1)) / dfs[1]
-    ms_rest = (rest**2).sum((-2, -1)) / dfs[2]
+    return mean[..., 0, 0], (ms_seed, ms_example, (rest**2).sum((-2, -1)) / dfs[2])
+
+
+def _dfs(n_seeds: int, n_examples: int) -> tuple[int, int, int]:
+    # With one example the last two sums are 0 and have no degrees of freedom: 0 / 1.
+    return n_seeds - 1, max(n_examples - 1, 1), max((n_seeds - 1) * (n_examples - 1), 1)
+
+
+def _combined(mean_squares, n_seeds: int, n_examples: int, level: float) -> tuple[np.ndarray, ...]:
+    """Half width, se and df of the mean, from the mean squares; never below the seeds' own t."""
+    (ms_seed, ms_example, ms_rest), dfs = mean_squares, _dfs(n_seeds, n_examples)
     # Each mean square holds C once, the sum needs it once: subtract it, leave it or add it.
-    has_seed, has_example = 1 * (ms_seed > ms_rest), 1 * (ms_example > ms_rest)
+    # Equal up to rounding counts as equal, else a shift of all values could move the df.
+    floor_ms = (1 + 1e-9) * ms_rest
+    has_seed, has_example = 1 * (ms_seed > floor_ms), 1 * (ms_example > floor_ms)
     terms = has_seed * ms_seed, has_example * ms_example, (1 - has_seed - has_example) * ms_rest
     total = sum(terms)
     squares = sum(term**2 / df for term, df in zip(terms, dfs, strict=True))
@@ -274,7 +322,7 @@ def _t_arithmetic(values: np.ndarray, level: float) -> tuple[np.ndarray, ...]:
     se, floor_se = (np.sqrt(ms / (n_seeds * n_examples)) for ms in (total, ms_seed))
     half_width, floor = (t.ppf((1 + level) / 2, d) * s for d, s in ((df, se), (dfs[0], floor_se)))
     pairs = ((floor, half_width), (floor_se, se), (dfs[0], df))
-    return mean[..., 0, 0], *(np.where(floor >= half_width, *pair) for pair in pairs)
+    return tuple(np.where(floor >= half_width, *pair) for pair in pairs)
 
 
 def _t_interval(values: np.ndarray, level: float, power: float) -> Interval:

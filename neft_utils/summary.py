@@ -12,7 +12,7 @@ import textwrap
 
 import pandas as pd
 
-from neft_utils import published, stats
+from neft_utils import published, results, stats
 from neft_utils.bench import table as speed_table
 from neft_utils.config import BASE, NOTEBOOKS, REFERENCE, STEPS, Paths, load_profile
 from neft_utils.expected import duration, how_long, notebook_seconds
@@ -42,7 +42,9 @@ def headline(folder):
     claims, main = _claims(folder), pd.read_csv(folder / "tables/main.csv").set_index("arm")
     first = claims["confirmatory"]
     treatment, control = first["contrast"].split(" - ")
-    pairs = int(main.loc[treatment, "n_seeds"])
+    contrasts = pd.read_csv(folder / "tables/contrasts.csv")
+    one = contrasts.query("treatment == @treatment and metric == @first['metric']").iloc[0]
+    pairs = int(one.n_seeds)
     for name, text in (
         ("confirmatory", f"**Ours**: {pairs} seed pairs; loss on test rows, "),
         ("less_overfitting", "… test loss minus training loss, "),
@@ -75,15 +77,16 @@ def certainty(folder):
     low, high, seen = (show(row[name], digits) for name in ("ci_low", "ci_high", "detectable"))
     rates = pd.read_csv(folder / "tables/type_one_error.csv")
     ours, bootstrap = rates.confirmatory.max(), rates.crossed_bootstrap.max()
-    seeds = pd.read_csv(folder / "tables/by_seed.csv").pivot(index="seed", columns="arm")
-    pairs = (seeds[row["metric"], treatment] - seeds[row["metric"], control]).dropna()
-    effects = [stats.detectable_effect(pairs.std() / math.sqrt(n), n - 1) for n in PLANNED]
+    runs = results.load_runs(folder / "runs")
+    plan = stats.planned_effects(
+        results.paired(runs, treatment, [control], row["metric"], decoding=None), PLANNED
+    )
     text = (
-        f"{one.n_seeds:.0f} seed pairs and {one.n_examples:.0f} test rows give {low} to {high}"
-        f" {unit}. An effect of {seen} {unit} would have been found four times out of five. In"
-        f" simulated experiments without any effect such an interval excludes zero in at most"
-        f" {ours:.0%} of them (nominal: 5 %), a bootstrap over seeds and rows in up to"
-        f" {bootstrap:.0%}. What more seeds would buy, from the spread between these pairs:"
+        f"{one.n_seeds:.0f} seed pairs and {one.n_examples:.0f} test rows give an interval from"
+        f" {low} to {high} {unit}. An effect of {seen} {unit} would have been found four times out"
+        f" of five. In simulated experiments without any effect such an interval excludes zero in"
+        f" at most {ours:.0%} of them (nominal: 5 %), a bootstrap over seeds and rows in up to"
+        f" {bootstrap:.0%}. What more seeds would buy, the test rows staying as many as they are:"
     )
     found = f"smallest effect found four times out of five, {unit}"
     return "\n".join(
@@ -92,7 +95,7 @@ def certainty(folder):
             "",
             "| seed pairs | " + " | ".join(map(str, PLANNED)) + " |",
             "|---" * (1 + len(PLANNED)) + "|",
-            f"| {found} | " + " | ".join(show(effect, digits) for effect in effects) + " |",
+            f"| {found} | " + " | ".join(show(one, digits) for one in plan.detectable) + " |",
             "",
         ]
     )
@@ -102,7 +105,18 @@ def length(folder):
     """The published gain with length answered every way, and the length of our answers."""
     views = pd.read_csv(folder / "published/views.csv")
     found = read_json(folder / "published/comparison.json")
-    lines = ["| published answers: gain in win rate, points | | |", "|---|---|---|"]
+    claims, raw = _claims(folder), views[views.kind == "raw"].iloc[0]
+    rest = views[views.kind != "raw"].estimate
+    ours, judged = claims["longer_answers"], claims["beyond_length"]
+    overlap = f" Effect at equal length: {found['overlap']['verdict']}." if found else ""
+    text = (
+        f"Of the published gain of {raw.estimate:+.1f} points between {rest.min():+.1f} and"
+        f" {rest.max():+.1f} are left at equal length, by how length is held equal.{overlap} Our"
+        f" models' answers: {_estimate(ours)}, *{ours['verdict']}*. Whether they are better at"
+        f" equal length: *{judged['verdict']}*."
+    )
+    lines = [textwrap.fill(text, 96), ""]
+    lines += ["| published answers: gain in win rate, points | | |", "|---|---|---|"]
     kinds = {
         "raw": "as judged",
         "official": "length-controlled by the leaderboard",
@@ -113,14 +127,7 @@ def length(folder):
         span = f" [{row.ci_low:+.1f}, {row.ci_high:+.1f}]" if math.isfinite(row.ci_low) else ""
         count = "" if pd.isna(row.n) else f", {row.n:.0f} pairs"
         lines.append(f"| {row.view} | {kinds[row.kind]}{count} | {row.estimate:+.1f}{span} |")
-    if found:
-        lines += ["", f"Effect at equal length: {found['overlap']['verdict']}."]
-    claims = _claims(folder)
-    ours, judged = claims["longer_answers"], claims["beyond_length"]
-    return "\n".join(lines) + (
-        f"\n\nOur models' answers: {_estimate(ours)}, *{ours['verdict']}*. Whether they are better"
-        f" at equal length: *{judged['verdict']}*.\n"
-    )
+    return "\n".join(lines) + "\n"
 
 
 def cost(folder):
@@ -154,9 +161,20 @@ def cost(folder):
 
 
 def evidence(folder):
-    """The ledger, and the table of all metrics by arm."""
-    tables = folder / "tables"
+    """The answer in a sentence or two, the ledger, and the table of all metrics by arm."""
+    tables, claims = folder / "tables", _claims(folder)
+    first, rest = claims["confirmatory"], list(claims.values())[1:]
+    found = [r for r in rest if r["verdict"].startswith("detected") and r["id"] != "few_lines"]
+    open_ = [r for r in rest if r["verdict"].startswith("not testable")]
+    differ = "; ".join(f"*{r['claim']}* ({r['note']})" for r in found) or "none"
+    text = (
+        f"Held-out loss, with noise minus without: {_estimate(first)}, **{first['verdict']}**."
+        f" Among the other claims a difference is detected for {len(found)} of"
+        f" {len(rest) - len(open_)} that could be tested: {differ}"
+    )
     return f"""\
+{textwrap.fill(text, 96)}
+
 {(tables / "claims.md").read_text("utf-8")}
 <details><summary>All metrics by arm</summary>
 
@@ -185,8 +203,11 @@ def notebooks(folder):
 
 
 def speed(folder):
-    """The tables of `make bench`."""
-    return speed_table(read_json(folder / "bench.json"))
+    """The tables of `make bench`. ValueError where none was promoted."""
+    found = read_json(folder / "bench.json")
+    if found is None:
+        raise ValueError(f"{folder.name} has no bench.json: run make bench, then make promote")
+    return speed_table(found)
 
 
 BLOCKS = {f.__name__: f for f in (headline, certainty, length, cost, evidence, notebooks, speed)}

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 from neft_utils import provenance
 from neft_utils.config import BASE, NOTEBOOKS, STEPS, ConfigError
@@ -75,8 +76,22 @@ def workers(profile, cores=None):
     """How many runs go side by side: one a core, as memory allows; one on a GPU."""
     if profile.device == "cuda":
         return 1
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    return max(1, min(cores or os.cpu_count(), int(memory // profile.memory_gb)))
+    return max(1, min(cores or _cores(), int(_memory_gb() // profile.memory_gb)))
+
+
+def _cores():
+    """Cores that this process may use, which in a container or a batch job are not all."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count()
+
+
+def _memory_gb():
+    """Memory of this machine, or of the container if that has less, in GB."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and (text := limit.read_text("utf-8").strip()).isdigit():
+        memory = min(memory, int(text))
+    return memory / 1e9
 
 
 def write_notebook(path, notebook):
@@ -106,7 +121,8 @@ def execute(profile, reference, paths, step, arm=None, seed=None):
         profile.check_run(arm, seed)
     target.parent.mkdir(parents=True, exist_ok=True)
     for stale in target.parent.glob(f".{target.stem}.*.ipynb"):  # of a killed run
-        stale.unlink()
+        if not _alive(stale.suffixes[-2].strip(".")):
+            stale.unlink()
     partial = target.with_name(f".{target.stem}.{os.getpid()}.ipynb")
     label = target.stem
     try:
@@ -126,6 +142,7 @@ def execute(profile, reference, paths, step, arm=None, seed=None):
             for key in ("duration", "end_time", "parameters")
         }
         write_notebook(target, text)
+        target.with_name(f"{target.stem}.failed.ipynb").unlink(missing_ok=True)
     except papermill.PapermillExecutionError as error:
         failed = target.with_name(f"{target.stem}.failed.ipynb")
         partial.replace(failed)
@@ -143,6 +160,17 @@ def execute(profile, reference, paths, step, arm=None, seed=None):
         ) from None
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _alive(pid):
+    """Whether a process of that number runs here."""
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def run_all(profile, reference, paths, count, lock):
@@ -179,6 +207,7 @@ def run_all(profile, reference, paths, count, lock):
     ]
     log = paths.results / "snakemake.log"
     started = time.monotonic()
+    total = sum(row[3] for row in estimate(profile, paths)) / count
     process = subprocess.Popen(
         command,
         env=environment,
@@ -187,7 +216,6 @@ def run_all(profile, reference, paths, count, lock):
         stderr=subprocess.STDOUT,
         pass_fds=(lock,),
     )
-    total = sum(row[3] for row in estimate(profile, paths)) / count
     state = {"done": 0, "steps": None, "nothing": False}
     stop = threading.Event()
     heartbeat = threading.Thread(target=_heartbeat, args=(state, started, total, stop), daemon=True)

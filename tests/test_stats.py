@@ -105,6 +105,13 @@ def test_follows_a_change_of_unit_and_origin(matrix, scale, shift):
     assert measured == pytest.approx(expected, rel=1e-6, abs=1e-7, nan_ok=True)
 
 
+def test_mean_squares_that_tie_stay_tied_when_the_origin_moves():
+    one = np.zeros((3, 2))
+    one[2, 1] = 0.01  # seeds, examples and the rest have the same mean square
+    here, there = (stats.confirmatory_interval(table(m)) for m in (one, -0.5 * one - 7))
+    assert here.df == there.df and there.se == pytest.approx(here.se / 2, rel=1e-9)
+
+
 @quick
 @given(matrices, st.randoms(use_true_random=False))
 def test_ignores_the_order_of_rows_and_the_names(matrix, random):
@@ -117,6 +124,20 @@ def test_ignores_the_order_of_rows_and_the_names(matrix, random):
     for other in (deltas.iloc[order], renamed):
         interval = dataclasses.astuple(stats.confirmatory_interval(other))
         assert interval == pytest.approx(expected, rel=1e-6, abs=1e-12, nan_ok=True)
+
+
+def test_a_plan_for_the_seeds_at_hand_is_what_the_interval_could_see():
+    matrix = crossed(np.random.default_rng(3), 6, 40, seed_sd=0.5, example_sd=0.8, rest_sd=0.7)
+    deltas = table(matrix)
+    a, b, c = stats.variance_components(deltas)
+    assert min(a, b, c) > 0
+    plan = stats.planned_effects(deltas, (3, 6, 50, 10_000)).set_index("n_seeds").detectable
+    assert plan[6] == pytest.approx(stats.confirmatory_interval(deltas).detectable, rel=1e-9)
+    assert plan.is_monotonic_decreasing
+    # What seeds cannot buy: the examples' share B/N stays.
+    assert plan[10_000] == pytest.approx(2.8 * np.sqrt(b / 40), rel=0.1)
+    with pytest.raises(ValueError, match="needs 2"):
+        stats.variance_components(table(matrix[:1]))
 
 
 def test_covers_the_truth_as_often_as_it_says():
@@ -260,9 +281,9 @@ def test_verdict_knows_three_phrases():
     assert stats.verdict(up) == stats.verdict(down, unit="nats") == "detected"
     assert stats.verdict(edge) == f"{words} (could have seen ≥ 0.0054)"
     assert stats.verdict(nothing, unit="nats") == f"{words} (could have seen ≥ 0.0054 nats)"
-    for args in ((None,), (up, False), (stats.seed_interval([1.0]),)):
-        assert stats.verdict(*args) == "not testable here"
-        assert stats.verdict(*args, elsewhere="gpu") == "not testable here (see profile gpu)"
+    for one in (None, stats.seed_interval([1.0])):
+        assert stats.verdict(one) == "not testable here"
+        assert stats.verdict(one, elsewhere="gpu") == "not testable here (see profile gpu)"
 
 
 GOOD = table([[1, 2, 3], [4, 5, 7]])
