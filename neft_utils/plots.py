@@ -113,12 +113,14 @@ def library_rules(table, noise_alpha):
 
 
 @styled
-def learning_curves(runs, arms, control, title):
+def learning_curves(runs, controls, control, title):
     """Clean validation NLL after each epoch: every run, and every seed pair's difference.
 
-    Arms lie close together beside what training does, so the second panel subtracts the
-    control's run of the same seed.
+    Arms lie close together beside what training does, so the second panel subtracts the run of
+    the same seed of the arm's own control. runs: from `results.load_runs`; controls: {arm: the
+    arm that it is compared with}; control: the confirmatory one, drawn grey.
     """
+    arms = list(controls)
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.8))
     curves = {
         key: run["log"].dropna(subset="validation_nll").set_index("epoch").validation_nll
@@ -128,14 +130,15 @@ def learning_curves(runs, arms, control, title):
     for (arm, seed), curve in curves.items():
         style = {"color": colour_of(arm, arms, control), "alpha": 0.75, "markersize": 4}
         left.plot(curve.index, curve, "o-", **style)
-        if arm != control and (control, seed) in curves:
-            difference = curve - curves[control, seed]
+        own = (controls[arm], seed)
+        if arm not in controls.values() and own in curves:
+            difference = curve - curves[own]
             right.plot(difference.index, difference, "o-", **style)
     for arm in arms:
         left.plot([], [], "o-", color=colour_of(arm, arms, control), label=arm)
     right.axhline(0, color=BASELINE, linewidth=1)
     left.set(ylabel="validation NLL, noise off (nats/token)")
-    right.set(ylabel=f"difference from {control}, same seed")
+    right.set(ylabel="difference from the arm's control, same seed")
     for axis in (left, right):
         axis.set(xlabel="epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
