@@ -9,6 +9,7 @@ import json
 import math
 from dataclasses import dataclass
 
+import pandas as pd
 import yaml
 
 from neft_utils import provenance, stats
@@ -23,10 +24,12 @@ from neft_utils.results import (
     length_views,
     main_markdown,
     main_table,
+    paired,
     show,
 )
 
 FIRST = "confirmatory"
+PLAN_COLUMNS = ["n_seeds", "detectable"]
 MANY_ROWS = 1000  # training rows from which a profile speaks of much data
 
 
@@ -214,7 +217,12 @@ def write_tables(profile, runs, paths):
     table = contrasts(runs, seeds, profile, decoding)
     rows = ledger(runs, seeds, profile, decoding)
     views = length_views(runs, *_confirmatory(profile))
+    pair = profile.confirmatory
+    deltas = paired(runs, pair.treatment, [pair.control], pair.metric, decoding)
+    several = deltas is not None and deltas.seed.nunique() > 1
+    plan = stats.planned_effects(deltas) if several else pd.DataFrame(columns=PLAN_COLUMNS)
     frames = {"by_seed": seeds, "main": main, "contrasts": table, "length_views": views}
+    frames["plan"] = plan
     for name, frame in frames.items():
         provenance.write_csv(paths.tables / f"{name}.csv", frame)
     provenance.atomic_write_text(paths.tables / "main.md", main_markdown(main))

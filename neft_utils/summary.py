@@ -12,7 +12,7 @@ import textwrap
 
 import pandas as pd
 
-from neft_utils import published, results, stats
+from neft_utils import published
 from neft_utils.bench import table as speed_table
 from neft_utils.config import BASE, NOTEBOOKS, REFERENCE, STEPS, Paths, load_profile
 from neft_utils.expected import duration, how_long, notebook_seconds
@@ -22,7 +22,6 @@ from neft_utils.results import digits_of, show
 
 README = ROOT / "README.md"
 BLOCK = re.compile(r"(<!-- (\w+):([\w-]+) -->\n)(.*?)(<!-- /\2 -->)", re.S)
-PLANNED = (3, 5, 10, 20, 40)  # seed pairs
 
 
 def headline(folder):
@@ -77,10 +76,7 @@ def certainty(folder):
     low, high, seen = (show(row[name], digits) for name in ("ci_low", "ci_high", "detectable"))
     rates = pd.read_csv(folder / "tables/type_one_error.csv")
     ours, bootstrap = rates.confirmatory.max(), rates.crossed_bootstrap.max()
-    runs = results.load_runs(folder / "runs")
-    plan = stats.planned_effects(
-        results.paired(runs, treatment, [control], row["metric"], decoding=None), PLANNED
-    )
+    plan = pd.read_csv(folder / "tables/plan.csv")
     text = (
         f"{one.n_seeds:.0f} seed pairs and {one.n_examples:.0f} test rows give an interval from"
         f" {low} to {high} {unit}. An effect of {seen} {unit} would have been found four times out"
@@ -93,8 +89,8 @@ def certainty(folder):
         [
             textwrap.fill(text, 96),
             "",
-            "| seed pairs | " + " | ".join(map(str, PLANNED)) + " |",
-            "|---" * (1 + len(PLANNED)) + "|",
+            "| seed pairs | " + " | ".join(map(str, plan.n_seeds)) + " |",
+            "|---" * (1 + len(plan)) + "|",
             f"| {found} | " + " | ".join(show(one, digits) for one in plan.detectable) + " |",
             "",
         ]

@@ -169,6 +169,7 @@ def write_results(folder, text="plain words"):
         "tables/main": {"arm": arm, "test_nll": nll, "n_seeds": seeds},
         "tables/by_seed": {"arm": arm[:2] * 2, "seed": [0, 0, 1, 1], "test_nll": nll + [1.5]},
         "tables/contrasts": {key: [value] for key, value in one.items()},
+        "tables/plan": {"n_seeds": [3, 5, 10], "detectable": [0.3, 0.2, 0.1]},
         "tables/type_one_error": {"confirmatory": [0.05], "crossed_bootstrap": [0.25]},
         "published/views": {
             **{"view": [text], "kind": ["raw"], "n": [803]},
