@@ -76,14 +76,17 @@ def certainty(folder):
     low, high, seen = (show(row[name], digits) for name in ("ci_low", "ci_high", "detectable"))
     rates = pd.read_csv(folder / "tables/type_one_error.csv")
     ours, bootstrap = rates.confirmatory.max(), rates.crossed_bootstrap.max()
-    plan = pd.read_csv(folder / "tables/plan.csv")
     text = (
         f"{one.n_seeds:.0f} seed pairs and {one.n_examples:.0f} test rows give an interval from"
         f" {low} to {high} {unit}. An effect of {seen} {unit} would have been found four times out"
         f" of five. In simulated experiments without any effect such an interval excludes zero in"
         f" at most {ours:.0%} of them (nominal: 5 %), a bootstrap over seeds and rows in up to"
-        f" {bootstrap:.0%}. What more seeds would buy, the test rows staying as many as they are:"
+        f" {bootstrap:.0%}."
     )
+    if not (folder / "tables/plan.csv").exists():  # results of an earlier version
+        return textwrap.fill(text, 96) + "\n"
+    text += " What more seeds would buy, the test rows staying as many as they are:"
+    plan = pd.read_csv(folder / "tables/plan.csv")
     found = f"smallest effect found four times out of five, {unit}"
     return "\n".join(
         [
