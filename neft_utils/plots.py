@@ -154,7 +154,10 @@ def seed_deltas(deltas, interval, title, ylabel):
     means = deltas.groupby("seed").delta.mean()
     axis.axhline(0, color=BASELINE, linewidth=1)
     axis.plot(range(len(means)), means, "o", color=COLOURS[0])
-    axis.set_xticks([*range(len(means)), len(means)], [*(f"seed {s}" for s in means.index), "mean"])
+    few = len(means) <= 6  # else the labels run into each other
+    labels = [f"seed {seed}" if few else str(seed) for seed in means.index]
+    axis.set_xticks([*range(len(means)), len(means)], [*labels, "mean"])
+    axis.set_xlabel("" if few else "seed")
     where = len(means)
     if np.isfinite(interval.ci_low):
         axis.plot([where, where], [interval.ci_low, interval.ci_high], color="black", linewidth=2)

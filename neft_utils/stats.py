@@ -265,7 +265,8 @@ def verdict(
     if not isfinite(interval.detectable):
         raise ValueError("verdict needs confirmatory_interval or seed_interval, not a bootstrap")
     if interval.ci_low > 0 or interval.ci_high < 0:
-        opposite = claimed * interval.estimate < 0
+        # What "no worse" forbids is a lower value.
+        opposite = claimed * interval.estimate < 0 or (margin is not None and interval.estimate < 0)
         words = "detected, opposite to the claim" if opposite else "detected"
         if adjusted_p is not None and adjusted_p >= 0.05:
             words = f"not detected after correction (p = {adjusted_p:.2g})"

@@ -162,17 +162,18 @@ def cost(folder):
 def evidence(folder):
     """The answer in a sentence or two, the ledger, and the table of all metrics by arm."""
     tables, claims = folder / "tables", _claims(folder)
-    first, rest = claims["confirmatory"], list(claims.values())[1:]
-    found = [r for r in rest if r["verdict"].startswith("detected") and r["id"] != "few_lines"]
-    open_ = [r for r in rest if r["verdict"].startswith("not testable")]
-    differ = "; ".join(f"*{r['claim']}* ({r['note']})" for r in found) or "none"
+    first, *rest = (row for row in claims.values() if row["id"] != "few_lines")
+    tested = [row for row in rest if not row["verdict"].startswith("not testable")]
+    found = [row for row in tested if row["verdict"].startswith("detected")]
     text = (
         f"Held-out loss, with noise minus without: {_estimate(first)}, **{first['verdict']}**."
-        f" Among the other claims a difference is detected for {len(found)} of"
-        f" {len(rest) - len(open_)} that could be tested: {differ}"
+        f" Among the other claims a difference is detected for {len(found)} of {len(tested)} that"
+        " could be tested."
     )
+    differ = [f"- *{r['claim']}* {_estimate(r)}, **{r['verdict']}**. {r['note']}" for r in found]
+    answer = "\n".join([textwrap.fill(text, 96), "", *differ]).rstrip()
     return f"""\
-{textwrap.fill(text, 96)}
+{answer}
 
 {(tables / "claims.md").read_text("utf-8")}
 <details><summary>All metrics by arm</summary>
