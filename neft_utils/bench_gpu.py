@@ -30,11 +30,6 @@ from neft_utils.bench import NOISE_ALPHA, batch_token_counts, spread, trl_traine
 ALPACA_LENGTHS = Path(__file__).resolve().parent / "facts" / "alpaca_lengths.csv"
 MAX_TOKENS = 512  # of an example; 2.5 % of the rows in ALPACA_LENGTHS are longer
 SEED = 0
-ALPACA_INPUT_TEMPLATE = (
-    "Below is an instruction that describes a task, paired with an input that provides further"
-    " context. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{prompt}\n\n### Input:\n{input}\n\n### Response:\n"
-)
 # shape: vocabulary, hidden, intermediate, layers, heads; examples of an optimiser step;
 # examples of one padded batch, which TRL accumulates to the step
 SHAPES = {
@@ -65,12 +60,12 @@ def length_histogram(rows, tokenizer):
     rows: [{"instruction", "input", "output"}]. Prompts stand in Alpaca's templates, with or
     without an input; a response's count includes its end token.
     """
-    from neft_utils.model import ALPACA_TEMPLATE
+    from neft_utils.model import alpaca_prompt
+    from neft_utils.sources import INPUT
 
     columns, lengths = ["prompt_tokens", "response_tokens"], []
     for row in rows:
-        template = ALPACA_INPUT_TEMPLATE if row["input"] else ALPACA_TEMPLATE
-        prompt = template.format(prompt=row["instruction"], input=row["input"])
+        prompt = alpaca_prompt(row["instruction"] + (INPUT + row["input"] if row["input"] else ""))
         response = tokenizer(row["output"], add_special_tokens=False)["input_ids"]
         lengths.append((len(tokenizer(prompt)["input_ids"]), len(response) + 1))
     return pd.DataFrame(lengths, columns=columns).groupby(columns).size().reset_index(name="rows")

