@@ -78,7 +78,7 @@ rule finetune:
     input: f"{P}/train-s{{seed}}.jsonl", f"{P}/validation.jsonl",
     output:
         *[f"{R}/runs/{{arm}}-s{{seed}}/{name}" for name in ("config.json", "train_log.csv",
-          "noise.json", "adapter/adapter_model.safetensors", "provenance.json")],
+          "noise.json", PROFILE.weights, "provenance.json")],
         f"{R}/notebooks/03_finetune_qlora__{{arm}}-s{{seed}}.ipynb",
     params: key=key(3),
     resources: mem_mb=MEMORY, gpu=GPUS,
@@ -87,7 +87,7 @@ rule finetune:
 
 
 rule evaluate:
-    input: f"{R}/runs/{{arm}}-s{{seed}}/adapter/adapter_model.safetensors", *DATA[1:4], control,
+    input: f"{R}/runs/{{arm}}-s{{seed}}/{PROFILE.weights}", *DATA[1:4], control,
     output:
         *[f"{R}/runs/{{arm}}-s{{seed}}/{name}" for name in ITEMS],
         f"{R}/notebooks/04_evaluate__{{arm}}-s{{seed}}.ipynb",

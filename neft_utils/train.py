@@ -1,4 +1,7 @@
-"""One fine-tuning run: LoRA on a frozen base, with or without noise on the embeddings.
+"""One fine-tuning run, LoRA on a frozen base or all weights, with or without noise.
+
+The recipe is the paper's in form: loss on the response only, AdamW, warm-up and cosine decay
+(arXiv 2310.05914, appendix), 128 examples a step at its scale.
 
 TRL's SFTTrainer does the work; the subclass below only changes how the loss is computed
 (head on response tokens, see `model.response_token_nll`) and makes sure that the noise is
@@ -162,8 +165,21 @@ def lora_model(base, recipe, seed):
     return lean_lora(get_peft_model(base, config))  # PEFT keeps adapters in float32
 
 
+def trainable(base, recipe, seed):
+    """The model that a recipe trains: adapters on the base, or the base itself in float32."""
+    if recipe.method == "lora":
+        return lora_model(base, recipe, seed)
+    set_seed(seed)
+    return base.float().requires_grad_(True)
+
+
 def build_trainer(model, tokenizer, encoded, recipe, seed, callbacks, folder):
-    """PaddingFreeTrainer on already encoded examples, with the recipe's optimiser."""
+    """PaddingFreeTrainer on already encoded examples, with the recipe's optimiser.
+
+    Adapters are float32 on bf16 weights; a fully trained model is float32, on a GPU with products
+    in bf16 (autocast).
+    """
+    cuda = torch.cuda.is_available()
     steps = math.ceil(len(encoded) / recipe.batch_size) * recipe.epochs
     disable_progress_bars()
     with warnings.catch_warnings():
@@ -185,8 +201,9 @@ def build_trainer(model, tokenizer, encoded, recipe, seed, callbacks, folder):
             max_length=None,
             completion_only_loss=True,
             gradient_checkpointing=recipe.gradient_checkpointing,
-            bf16=False,  # the weights are bf16 already, the adapters stay float32
-            use_cpu=not torch.cuda.is_available(),
+            bf16=cuda and recipe.method == "full",
+            **({"optim": "adamw_bnb_8bit"} if recipe.optimizer == "adamw_8bit" else {}),
+            use_cpu=not cuda,
             dataloader_pin_memory=False,
             logging_steps=1,
             logging_nan_inf_filter=False,
@@ -219,15 +236,18 @@ def finetune(profile, arm, seed, paths, say=print):
     """Train one run and write its folder; returns the run's folder.
 
     Writes config.json, train_log.csv (LOG_COLUMNS; row 0 is before training), noise.json,
-    adapter/ and, last, provenance.json, so that a folder with it is a whole run.
+    adapter/ (or model/, where all weights are trained) and, last, provenance.json, so that a
+    folder with it is a whole run.
     """
     profile.check_run(arm, seed)
-    started = time.perf_counter()
+    begun, key = provenance.begin(), step_key(profile, 3, arm, seed)
     recipe, change, run = profile.recipe(arm), profile.arms[arm], paths.run(arm, seed)
+    for old in ("provenance.json", "scores.json"):  # of an earlier run: this one is not whole yet
+        (run / old).unlink(missing_ok=True)
     tokenizer = load_tokenizer(profile.model)
     encoded = [encode(tokenizer, row) for row in train_rows(profile, arm, seed, paths)]
     validation = [encode(tokenizer, row) for row in data.load_split(paths.processed, "validation")]
-    model = lora_model(load_base(profile.model), recipe, seed)
+    model = trainable(load_base(profile.model), recipe, seed)
     callback = NEFTuneCallback(
         change.noise_alpha,
         distribution=change.distribution,
@@ -259,23 +279,26 @@ def finetune(profile, arm, seed, paths, say=print):
             "model": as_dict(profile.model),
             "noise": as_dict(change),
             "train": as_dict(recipe),
-            "step_key": step_key(profile, 3, arm, seed),
+            "step_key": key,
         },
     )
     provenance.write_csv(run / "train_log.csv", pd.DataFrame(log.rows).reindex(columns=LOG_COLUMNS))
     provenance.write_json(run / "noise.json", callback.report())
-    model.save_pretrained(run / "adapter")
+    whole, weights = recipe.method == "full", run / profile.weights
+    (model.to(torch.bfloat16) if whole else model).save_pretrained(
+        weights.parent, max_shard_size="1TB"
+    )
     tokens = round(mean_tokens * len(encoded)) * recipe.epochs
     provenance.write_json(
         run / "provenance.json",
         provenance.describe(
-            started,
+            begun,
             arm=arm,
             seed=seed,
             train_seconds=round(seconds, 1),
             train_tokens=tokens,
             **throughput(model, recipe, encoded, seconds),
-            adapter_sha256=provenance.sha256_file(run / "adapter" / "adapter_model.safetensors"),
+            adapter_sha256=provenance.sha256_file(weights),
             data_sha256=provenance.sha256_file(paths.processed / f"train-s{seed}.jsonl"),
             base_sha256=provenance.sha256_file(weights_file(profile.model)),
         ),
@@ -287,7 +310,7 @@ def throughput(model, recipe, encoded, seconds):
     """Real and padded tokens/s, model FLOP/s and utilisation of training.
 
     FLOPs per token: 4 per frozen weight (forward 2, gradient of the input 2, no gradient of
-    the weight), 6 per adapter weight; the head's 4 only on response tokens, which is why the
+    the weight), 6 per trained weight; the head's only on response tokens, which is why the
     embedding's own weights, a look-up, are not counted. Attention is left out (under 3 %
     below 400 tokens). Utilisation is the share of the fastest bf16 matrix product measured
     in this process (`provenance.matmul_gflops`). Padded counts what batches padded to their
@@ -303,10 +326,12 @@ def throughput(model, recipe, encoded, seconds):
     count = parameter_counts(model)
     embedding = model.get_input_embeddings().weight.numel()
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    body = count["frozen"] - embedding - (0 if tied else count["head"])
-    flops = recipe.epochs * (
-        sum(lengths) * (4 * body + 6 * count["trainable"]) + responses * 4 * count["head"]
-    )
+    rest = embedding + (0 if tied else count["head"])
+    if recipe.method == "full":
+        each, head = 6 * (count["trainable"] - rest), 6 * count["head"]
+    else:
+        each, head = 4 * (count["frozen"] - rest) + 6 * count["trainable"], 4 * count["head"]
+    flops = recipe.epochs * (sum(lengths) * each + responses * head)
     return {
         "tokens_per_second": round(recipe.epochs * sum(lengths) / seconds, 2),
         "padded_tokens_per_second": round(recipe.epochs * padded / seconds, 2),

