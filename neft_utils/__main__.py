@@ -12,7 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from neft_utils import provenance
+from neft_utils import preflight, provenance
 from neft_utils.config import (
     BASE,
     NOTEBOOKS,
@@ -135,8 +135,8 @@ def reproduce(arguments):
     probe.unlink()
     if arguments.cores is not None and arguments.cores < 1:
         raise ConfigError(f"--cores must be at least 1, not {arguments.cores}")
-    if profile.device == "cuda" and shutil.which("nvidia-smi") is None:
-        raise ConfigError(f"profile {profile.name} needs a GPU and none is here: use PROFILE=cpu")
+    for what, found in preflight.check(profile):
+        print(f"{what}: {found}")
     count = workers(profile, arguments.cores)
     (ROOT / ".snakemake").mkdir(exist_ok=True)
     with open(ROOT / ".snakemake" / "reproduce.lock", "w") as lock:

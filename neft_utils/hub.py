@@ -14,6 +14,18 @@ UNUSED = ["*.bin", "*.pth", "*.pt", "*.msgpack", "*.h5", "*.onnx", "*.gguf", "or
 REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
+def state(name, revision, key):
+    """Whether a model repository is in the cache, as text; raises ConfigError for what is no id."""
+    from huggingface_hub import errors, snapshot_download
+
+    _check(name, revision, key)
+    try:
+        snapshot_download(name, revision=revision, ignore_patterns=UNUSED, local_files_only=True)
+    except errors.LocalEntryNotFoundError:
+        return "to be downloaded from the hub"
+    return "in the cache"
+
+
 def snapshot(name, revision, key, kind="model"):
     """Folder with the files of a hub repository at a commit, downloaded when missing.
 
@@ -23,13 +35,7 @@ def snapshot(name, revision, key, kind="model"):
     """
     from huggingface_hub import errors, snapshot_download
 
-    part = key.split(".")[0]
-    if not REPOSITORY.fullmatch(name):
-        raise ConfigError(f"{key}: {name} is neither a folder nor a hub id (owner/name)")
-    if not re.fullmatch("[0-9a-f]{40}", revision or ""):
-        raise ConfigError(
-            f"{part}.revision: pin a commit of {name} on the hub, 40 hex digits, not {revision!r}"
-        )
+    part = _check(name, revision, key)
     try:
         return Path(
             snapshot_download(name, revision=revision, repo_type=kind, ignore_patterns=UNUSED)
@@ -50,3 +56,15 @@ def snapshot(name, revision, key, kind="model"):
     except OSError as error:  # a full disk, a broken connection
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ConfigError(f"{key}: cannot get {name} ({reason}): run the command again") from None
+
+
+def _check(name, revision, key):
+    """The profile's part that the key is in; ConfigError for a name or revision that cannot be."""
+    part = key.split(".")[0]
+    if not REPOSITORY.fullmatch(name):
+        raise ConfigError(f"{key}: {name} is neither a folder nor a hub id (owner/name)")
+    if not re.fullmatch("[0-9a-f]{40}", revision or ""):
+        raise ConfigError(
+            f"{part}.revision: pin a commit of {name} on the hub, 40 hex digits, not {revision!r}"
+        )
+    return part

@@ -176,6 +176,15 @@ def load_tokenizer(model):
     return tokenizer
 
 
+def require_device(profile):
+    """Raise ConfigError for a GPU profile where torch sees no GPU: it would take days on a CPU."""
+    if profile.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"profile {profile.name} needs a GPU and torch sees none: use PROFILE=cpu, or a build"
+            " of torch with CUDA"
+        )
+
+
 def load_base(model, base_weights=None, dtype=torch.bfloat16):
     """The base model in dtype (or 4-bit for "nf4"), in eval mode, with per-document attention."""
     base_weights = base_weights or model.base_weights

@@ -29,6 +29,7 @@ from neft_utils.model import (
     load_run,
     load_tokenizer,
     out_of_memory,
+    require_device,
     response_nll,
     weights_file,
 )
@@ -214,6 +215,7 @@ def evaluate(profile, arm, seed, paths, say=print):
     last, scores.json; for the base also config.json and provenance.json.
     """
     profile.check_run(arm, seed)
+    require_device(profile)
     begun, key = provenance.begin(), step_key(profile, 4, arm, seed)
     run, settings = paths.run(arm, seed), profile.evaluate
     (run / "scores.json").unlink(missing_ok=True)  # of an earlier run: this one is not whole yet

@@ -31,6 +31,7 @@ from neft_utils.model import (
     load_tokenizer,
     out_of_memory,
     parameter_counts,
+    require_device,
     response_nll,
     response_token_nll,
     weights_file,
@@ -240,6 +241,7 @@ def finetune(profile, arm, seed, paths, say=print):
     folder with it is a whole run.
     """
     profile.check_run(arm, seed)
+    require_device(profile)
     begun, key = provenance.begin(), step_key(profile, 3, arm, seed)
     recipe, change, run = profile.recipe(arm), profile.arms[arm], paths.run(arm, seed)
     for old in ("provenance.json", "scores.json"):  # of an earlier run: this one is not whole yet

@@ -12,9 +12,8 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
-from neft_utils import provenance
+from neft_utils import preflight, provenance
 from neft_utils.config import BASE, NOTEBOOKS, STEPS, ConfigError
 from neft_utils.provenance import ROOT
 
@@ -76,22 +75,7 @@ def workers(profile, cores=None):
     """How many runs go side by side: one a core, as memory allows; one on a GPU."""
     if profile.device == "cuda":
         return 1
-    return max(1, min(cores or _cores(), int(_memory_gb() // profile.memory_gb)))
-
-
-def _cores():
-    """Cores that this process may use, which in a container or a batch job are not all."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count()
-
-
-def _memory_gb():
-    """Memory of this machine, or of the container if that has less, in GB."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and (text := limit.read_text("utf-8").strip()).isdigit():
-        memory = min(memory, int(text))
-    return memory / 1e9
+    return max(1, min(cores or preflight.cores(), int(preflight.memory_gb() // profile.memory_gb)))
 
 
 def write_notebook(path, notebook):

@@ -115,8 +115,8 @@ def test_no_function_is_defined_in_two_places():
 def test_modules_import_only_from_lower_floors():
     floors = [
         {"noise", "fast", "config", "provenance", "metrics", "stats", "filters", "length_control"}
-        | {"expected", "keys", "run_plots", "hub"},
-        {"sources", "data", "model"},
+        | {"expected", "keys", "run_plots", "hub", "strict"},
+        {"sources", "data", "model", "preflight"},
         {"train", "generate", "tasks", "judge", "verifiable", "benchmarks", "stability"},
         {"results", "claims", "published", "plots"},
         {"workflow", "bench", "bench_gpu", "pages", "summary", "report", "__main__", "__init__"},

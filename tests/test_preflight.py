@@ -1,0 +1,97 @@
+"""What is refused before anything starts, and what is only said."""
+
+import dataclasses
+import os
+import shutil
+
+import pytest
+
+from neft_utils import config, preflight, train
+from neft_utils.config import ConfigError
+
+NANO = config.load_profile("nano")
+GPU = dataclasses.replace(NANO, device="cuda", gpu_memory_gb=20.0)
+SMI = "#!/bin/sh\necho 'NVIDIA A10G, {mib}'\n"
+
+
+def card(folder, monkeypatch, mib):
+    """An nvidia-smi that lists one card, first on the path."""
+    tool = folder / "nvidia-smi"
+    tool.write_text(SMI.format(mib=mib))
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_a_machine_that_will_do_is_described(tmp_path, monkeypatch):
+    found = dict(preflight.check(NANO))
+    assert found["packages"] == "as pinned" and found["device"].startswith("CPU, ")
+    assert "free" in found["disk"] and found["model"] == "nano" and "judge" not in found
+    card(tmp_path, monkeypatch, 24576)
+    assert dict(preflight.check(GPU))["device"] == "NVIDIA A10G, 26 GB"
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="has a GPU")
+def test_no_gpu_is_refused_before_and_at_training(tmp_path):
+    with pytest.raises(ConfigError, match="needs a GPU and none is here: use PROFILE=cpu"):
+        preflight.check(GPU)
+    preflight.check(GPU, here=False)  # a cluster's nodes may have what the head has not
+    paths = config.Paths("nano", str(tmp_path))
+    with pytest.raises(ConfigError, match="torch sees none"):
+        train.finetune(GPU, "baseline", 0, paths)
+
+
+def test_too_little_gpu_memory_memory_and_disk(tmp_path, monkeypatch):
+    card(tmp_path, monkeypatch, 8192)
+    with pytest.raises(ConfigError, match="needs 20 GB of GPU memory, NVIDIA A10G has 9: lower"):
+        preflight.check(GPU)
+    with pytest.raises(ConfigError, match="needs 100000 GB of memory a run.*lower"):
+        preflight.check(dataclasses.replace(NANO, memory_gb=1e5))
+    with pytest.raises(ConfigError, match="GB more of disk, free are .*free some space"):
+        preflight.check(dataclasses.replace(NANO, disk_gb=1e6))
+
+
+def test_packages_that_are_missing_or_other_versions(tmp_path, monkeypatch):
+    pins = tmp_path / "requirements.txt"
+    pins.write_text("torch==1.0.0  # old\nno-such-package==2.0  # missing\n")
+    monkeypatch.setattr(preflight, "PINS", pins)
+    with pytest.raises(ConfigError) as caught:
+        preflight.check(NANO)
+    assert "not 1.0.0; no-such-package is missing, not 2.0: run make env" in str(caught.value)
+
+
+def test_a_judge_without_its_key_is_said_not_refused(monkeypatch):
+    judge = config.Judge(model="some-judge", key_variable="SOME_KEY", max_usd=2.0)
+    judged = dataclasses.replace(NANO, evaluate=dataclasses.replace(NANO.evaluate, judge=judge))
+    monkeypatch.delenv("SOME_KEY", raising=False)
+    assert (
+        dict(preflight.check(judged))["judge"]
+        == "SOME_KEY is not set: preferences will be left out"
+    )
+    monkeypatch.setenv("SOME_KEY", "canary-1234")
+    said = str(preflight.check(judged))
+    assert "at most 2 USD" in said and "canary" not in said
+
+
+def test_a_container_has_less_memory_than_its_machine(tmp_path, monkeypatch):
+    whole = preflight.memory_gb()
+    limit = tmp_path / "memory.max"
+    limit.write_text("1000000000\n")
+    monkeypatch.setattr(preflight, "LIMIT", limit)
+    assert preflight.memory_gb() == 1.0 < whole
+    limit.write_text("max\n")
+    assert preflight.memory_gb() == whole
+
+
+def test_models_that_are_not_here_yet(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+
+    def model(**changes):
+        return dataclasses.replace(NANO, model=dataclasses.replace(NANO.model, **changes))
+
+    away = model(source="owner/some-model", revision="0" * 40)
+    assert dict(preflight.check(away))["model"] == "owner/some-model, to be downloaded from the hub"
+    with pytest.raises(ConfigError, match="pin a commit of owner/some-model"):
+        preflight.check(model(source="owner/some-model"))
+    with pytest.raises(ConfigError, match="neither a folder nor a hub id"):
+        preflight.check(model(source="./not/there"))
+    assert dict(preflight.check(model(source=str(tmp_path))))["model"] == str(tmp_path)
