@@ -110,9 +110,13 @@ def plan(arguments):
     for phase, steps, tokens, seconds in rows:
         print(f"{phase:<28}{steps:>6}{tokens:>12,.0f}{seconds / 60:>24.1f}")
     total = sum(row[3] for row in rows) / 60
+    minutes = total / side_by_side
+    time = f"{minutes:.0f} minutes" if minutes < 200 else f"{minutes / 60:.1f} hours"
+    kind = "measured" if profile.speed.measured else "estimated, not measured"
+    gpu = f", {profile.gpu_memory_gb:g} GB of GPU memory" if profile.gpu_memory_gb else ""
     print(
-        f"about {total / side_by_side:.0f} minutes with {side_by_side} side by side,"
-        f" {profile.memory_gb:g} GB memory each"
+        f"about {time} with {side_by_side} side by side (speeds {kind}); each run"
+        f" {profile.memory_gb:g} GB of memory{gpu}; {profile.disk_gb:g} GB of disk"
     )
 
 

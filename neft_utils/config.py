@@ -162,6 +162,7 @@ class Speed:
     forward: float = at_least(1.0, 400.0)
     answers: float = at_least(1.0, 80.0)
     notebook_start: float = at_least(0.0, 15.0)  # seconds
+    example_tokens: float = at_least(0.0, 0.0)  # of a whole row, until rows are there to count
     measured: bool = False  # whether on such a machine, or by arithmetic from other figures
 
 

@@ -34,7 +34,8 @@ def one_line(error):
 def estimate(profile, paths):
     """[(phase, steps, tokens, seconds of one worker)] from sizes and the profile's speeds."""
     manifest = paths.processed / "manifest.json"
-    total = response = 0.6 * profile.data.max_tokens
+    # Until rows are there to count: typical rows fill 0.6 of what they may have at most.
+    total = response = profile.speed.example_tokens or 0.6 * profile.data.max_tokens
     if manifest.exists():
         lengths = json.loads(manifest.read_text("utf-8"))["lengths"]
         total, response = (lengths["test"][name]["p50"] for name in ("total", "response"))
