@@ -5,7 +5,7 @@ BIN := .venv/bin
 NEFT := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m neft_utils
 WITH := $(if $(PROFILE),--profile $(PROFILE))
 .DEFAULT_GOAL := help
-.PHONY: help env plan smoke reproduce figures compare bench bench-gpu promote report test test-all lint strip clean
+.PHONY: help env plan smoke reproduce figures compare bench bench-gpu promote report test test-slurm test-all lint strip clean
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -27,8 +27,8 @@ plan: env  ## print steps, sizes and estimates of PROFILE without running
 smoke: env  ## run the whole chain at tiny sizes (about 3 minutes on 2 cores)
 	@$(NEFT) reproduce --profile smoke
 
-reproduce: env  ## run all notebooks of PROFILE (default: cpu, or gpu-small with a GPU)
-	@$(NEFT) reproduce $(WITH) $(if $(CORES),--cores $(CORES))
+reproduce: env  ## run all notebooks of PROFILE (default: cpu, or gpu-small with a GPU), ENGINE=slurm on a cluster
+	@$(NEFT) reproduce $(WITH) $(if $(CORES),--cores $(CORES)) $(if $(ENGINE),--engine $(ENGINE)) $(if $(ENGINE_OPTIONS),--engine-options="$(ENGINE_OPTIONS)")
 
 figures: env  ## make figures and tables again from stored results, in seconds
 	@$(NEFT) figures $(WITH)
@@ -54,6 +54,9 @@ test: env  ## lint, unit tests and the smoke chain
 
 test-all: env  ## also what is slow or needs a GPU, Slurm or the network
 	@$(BIN)/python -m pytest -m ""
+
+test-slurm: env  ## run the nano chain on a one-node Slurm, started here (Debian: slurmctld slurmd munge)
+	@$(BIN)/python -m pytest -m slurm
 
 lint: env  ## ruff over package, tests and notebooks
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -14,6 +14,7 @@ ITEMS = ["losses.csv", "generations.jsonl", "task_items.csv", "perturbed_losses.
          "stopping.csv", "preferences.csv", "scores.json"]
 MEMORY = int(PROFILE.memory_gb * 1000)
 GPUS = 1 if PROFILE.device == "cuda" else 0
+THREADS = 4 if GPUS else 1  # beside a GPU for the loading of data; on a CPU one core is one run's
 
 
 def command(step, run=""):
@@ -82,6 +83,7 @@ rule finetune:
         f"{R}/notebooks/03_finetune_qlora__{{arm}}-s{{seed}}.ipynb",
     params: key=key(3),
     resources: mem_mb=MEMORY, gpu=GPUS,
+    threads: THREADS,
     priority: 1
     shell: command(3, "--arm {wildcards.arm} --seed {wildcards.seed}")
 
@@ -93,6 +95,7 @@ rule evaluate:
         f"{R}/notebooks/04_evaluate__{{arm}}-s{{seed}}.ipynb",
     params: key=key(4),
     resources: mem_mb=MEMORY, gpu=GPUS,
+    threads: THREADS,
     shell: command(4, "--arm {wildcards.arm} --seed {wildcards.seed}")
 
 
@@ -104,6 +107,7 @@ rule evaluate_base:
         f"{R}/notebooks/04_evaluate__{BASE}-s0.ipynb",
     params: key=step_key(PROFILE, 4, BASE, 0),
     resources: mem_mb=MEMORY, gpu=GPUS,
+    threads: THREADS,
     shell: command(4, f"--arm {BASE} --seed 0")
 
 

@@ -8,6 +8,7 @@ import argparse
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -24,9 +25,18 @@ from neft_utils.config import (
 )
 from neft_utils.keys import step_key
 from neft_utils.provenance import ROOT
-from neft_utils.workflow import estimate, execute, one_line, run_all, workers, write_notebook
+from neft_utils.workflow import (
+    check_engine,
+    estimate,
+    execute,
+    one_line,
+    run_all,
+    workers,
+    write_notebook,
+)
 
 FIGURE_STEPS = (0, 2, 6, 5)
+JOBS = 50  # at a time on a cluster, unless --cores says otherwise
 
 
 def main(argv=None):
@@ -64,6 +74,8 @@ def _parser():
     sub.add_argument("--seed", type=int)
     sub = command("reproduce", reproduce, "run all steps that are not done")
     sub.add_argument("--cores", type=int, default=None, help="runs side by side")
+    sub.add_argument("--engine", default="local", help="local, or a Snakemake executor: slurm")
+    sub.add_argument("--engine-options", default="", help="more arguments of Snakemake's")
     command("figures", figures, "re-execute 00, 02, 06 and 05 from stored results")
     command("promote", promote, "copy a complete, clean run to results/reference")
     command("compare", compare, "hold local results against the reference")
@@ -139,9 +151,11 @@ def reproduce(arguments):
     probe.unlink()
     if arguments.cores is not None and arguments.cores < 1:
         raise ConfigError(f"--cores must be at least 1, not {arguments.cores}")
-    for what, found in preflight.check(profile):
+    local = arguments.engine == "local"
+    check_engine(arguments.engine)
+    for what, found in preflight.check(profile, here=local):
         print(f"{what}: {found}")
-    count = workers(profile, arguments.cores)
+    count = workers(profile, arguments.cores) if local else arguments.cores or JOBS
     (ROOT / ".snakemake").mkdir(exist_ok=True)
     with open(ROOT / ".snakemake" / "reproduce.lock", "w") as lock:
         try:
@@ -150,7 +164,8 @@ def reproduce(arguments):
             raise ConfigError(
                 "another make reproduce is running in this folder: wait for it"
             ) from None
-        code = run_all(profile, reference, paths, count, lock.fileno())
+        options = shlex.split(arguments.engine_options)
+        code = run_all(profile, reference, paths, count, lock.fileno(), arguments.engine, options)
     if code:
         return code
     print((paths.tables / "main.md").read_text("utf-8"))

@@ -4,10 +4,12 @@ Nothing here schedules: Snakemake knows what is done, and this module starts it 
 log into a line per finished step.
 """
 
+import importlib.util
 import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -158,10 +160,37 @@ def _alive(pid):
     return True
 
 
-def run_all(profile, reference, paths, count, lock):
+def check_engine(engine):
+    """Raise ConfigError unless Snakemake can hand jobs to this engine from here."""
+    if engine == "local":
+        return
+    if importlib.util.find_spec(f"snakemake_executor_plugin_{engine.replace('-', '_')}") is None:
+        raise ConfigError(
+            f"ENGINE={engine}: no such executor is installed: use local or slurm, or install"
+            f" snakemake-executor-plugin-{engine}"
+        )
+    if engine == "slurm" and shutil.which("sbatch") is None:
+        raise ConfigError(
+            "ENGINE=slurm: there is no sbatch here: run it where jobs are submitted, or without"
+            " ENGINE"
+        )
+
+
+def _engine_arguments(engine, count, logs, options):
+    if engine == "local":
+        return ["--cores", str(count), *options]
+    arguments = ["--executor", engine, "--jobs", str(count), "--retries", "1"]
+    if engine == "slurm":  # a node that fails costs its jobs, and Slurm starts them again
+        arguments += ["--slurm-requeue", "--slurm-logdir", str(logs)]
+    return arguments + list(options)
+
+
+def run_all(profile, reference, paths, count, lock, engine="local", options=()):
     """Run every step that is not done, `count` at a time; returns Snakemake's exit code.
 
     lock: file descriptor that Snakemake keeps open, so that the lock outlives a killed parent.
+    engine: "local", or the name of a Snakemake executor such as "slurm", whose jobs see the same
+    files; options: more arguments of Snakemake's, for that executor.
     """
     environment = dict(os.environ, PYTHONHASHSEED="0", TOKENIZERS_PARALLELISM="false")
     # Steps call "python": the one that runs this, whether or not its environment is activated.
@@ -178,8 +207,7 @@ def run_all(profile, reference, paths, count, lock):
         str(NOTEBOOKS.parent / "Snakefile"),
         "--directory",
         str(ROOT),
-        "--cores",
-        str(count),
+        *_engine_arguments(engine, count, paths.results / "slurm_logs", options),
         "--nolock",
         "--rerun-incomplete",
         "--rerun-triggers",
@@ -191,7 +219,7 @@ def run_all(profile, reference, paths, count, lock):
         f"out={paths.out}",
     ]
     log = paths.results / "snakemake.log"
-    started = time.monotonic()
+    began, started = time.time(), time.monotonic()
     total = sum(row[3] for row in estimate(profile, paths)) / count
     process = subprocess.Popen(
         command,
@@ -219,13 +247,26 @@ def run_all(profile, reference, paths, count, lock):
     finally:
         stop.set()
     if code:
-        if not state.get("error"):  # Snakemake's own: a missing file, a killed job
+        if not state.get("error"):  # on another machine, it went to the job's own log
+            state["error"] = _error_of_a_job(paths.results / "slurm_logs", began)
+        if not state["error"]:  # Snakemake's own: a missing file, a killed job
             tail = [x for x in log.read_text("utf-8").splitlines() if x.strip()][-3:]
             print(f"error: {' '.join(tail)}", file=sys.stderr)
         print(f"stopped; the whole log is {os.path.relpath(log, ROOT)}", file=sys.stderr)
     elif state["nothing"]:
         print("nothing to do: every step is done and nothing it depends on has changed")
     return code
+
+
+def _error_of_a_job(logs, since):
+    """Print the one line of the step that failed, from the logs of jobs; whether there was one."""
+    recent = [path for path in logs.rglob("*.log") if path.stat().st_mtime >= since]
+    for path in sorted(recent, key=lambda path: path.stat().st_mtime, reverse=True):
+        for line in path.read_text("utf-8", errors="replace").splitlines():
+            if line.startswith("error:"):
+                print(line, file=sys.stderr)
+                return True
+    return False
 
 
 def _follow(line, state, started, total):
