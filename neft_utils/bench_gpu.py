@@ -22,7 +22,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from neft_utils import provenance
+from neft_utils import provenance, recording
 from neft_utils.bench import NOISE_ALPHA, batch_token_counts, spread, trl_trainer
 
 # What needs peft or trl is imported where it is used: without them the table says so.
@@ -318,7 +318,7 @@ def _measure(kind, shape, steps, folder):
     # 4 bits a tensor has half as many elements as weights.
     bare = train.lora_model(random_llama(shape, "sdpa", "meta"), recipe, SEED)
     seconds = sum(len(one["input_ids"]) for one in encoded) / statistics.median(real)
-    flops = train.throughput(bare, recipe, encoded, seconds)
+    flops = recording.throughput(bare, recipe, encoded, seconds)
     adapters = next(p.dtype for p in trainer.model.parameters() if p.requires_grad)
     return {
         "real_tokens_per_second": spread(real),

@@ -74,6 +74,7 @@ class Train:
     batch_size: int = at_least(1, 8)  # examples per optimiser step
     micro_batch_tokens: int = at_least(16, 2048)  # tokens per forward; memory grows with it
     gradient_checkpointing: bool = False  # less memory for a third more arithmetic
+    checkpoint_steps: int = at_least(0, 0)  # a cut run goes on from the last multiple; 0: anew
     method: str = one_of("lora", "full", default="lora")  # full: every weight is trained
     optimizer: str = one_of("adamw", "adamw_8bit", default="adamw")  # 8bit: 2 bytes a weight, not 8
     lora_rank: int = at_least(1, 16)

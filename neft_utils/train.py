@@ -10,6 +10,7 @@ gone when `train()` ends, however it ends.
 
 import itertools
 import math
+import shutil
 import time
 import warnings
 
@@ -17,7 +18,7 @@ import pandas as pd
 import torch
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig, get_peft_model
-from transformers import TrainerCallback, set_seed
+from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -30,24 +31,12 @@ from neft_utils.model import (
     load_base,
     load_tokenizer,
     out_of_memory,
-    parameter_counts,
     require_device,
-    response_nll,
     response_token_nll,
     weights_file,
 )
 from neft_utils.noise import NEFTuneCallback
-
-LOG_COLUMNS = [
-    "step",
-    "epoch",
-    "train_loss",
-    "learning_rate",
-    "grad_norm",
-    "tokens",
-    "seconds",
-    "validation_nll",
-]
+from neft_utils.recording import LOG_COLUMNS, RunLog, last_checkpoint, throughput
 
 
 def split_row(batch, tokens):
@@ -107,52 +96,6 @@ class PaddingFreeTrainer(SFTTrainer):
                     callback.remove()
 
 
-class _Log(TrainerCallback):
-    """Collects one row per optimiser step and the clean validation NLL after each epoch."""
-
-    def __init__(self, model, tokens_of_step, validation, batch_tokens, say):
-        self.model, self.tokens_of_step, self.say = model, tokens_of_step, say
-        self.validation, self.batch_tokens = validation, batch_tokens
-        self.rows, self.started, self.scoring = [], time.perf_counter(), 0.0
-
-    def validate(self):
-        started = time.perf_counter()
-        scores = response_nll(self.model, self.validation, self.batch_tokens)
-        self.model.train()
-        self.scoring += time.perf_counter() - started
-        return sum(scores) / len(scores)
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.started = time.perf_counter()
-        self.rows.append({"step": 0, "epoch": 0.0, "validation_nll": self.validate()})
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" not in (logs or {}):
-            return
-        if not math.isfinite(logs["loss"]):
-            raise FloatingPointError(
-                f"the training loss is {logs['loss']} at step {state.global_step}: lower"
-                " train.learning_rate or noise_alpha"
-            )
-        seconds = time.perf_counter() - self.started - self.scoring
-        row = {
-            "step": state.global_step,
-            "epoch": logs["epoch"],
-            "train_loss": logs["loss"],
-            "learning_rate": logs["learning_rate"],
-            "grad_norm": logs["grad_norm"],
-            "tokens": self.tokens_of_step(state.global_step),
-            "seconds": round(seconds, 2),
-        }
-        self.rows.append(row)
-        if state.global_step % math.ceil(state.max_steps / 8) == 0:
-            self.say(f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.3f}")
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        self.rows[-1]["validation_nll"] = self.validate()
-        self.say(f"epoch {state.epoch:.0f}  validation NLL {self.rows[-1]['validation_nll']:.4f}")
-
-
 def lora_model(base, recipe, seed):
     """The base with fresh float32 LoRA adapters on all linear layers; the seed fixes them."""
     set_seed(seed)
@@ -208,7 +151,9 @@ def build_trainer(model, tokenizer, encoded, recipe, seed, callbacks, folder):
             dataloader_pin_memory=False,
             logging_steps=1,
             logging_nan_inf_filter=False,
-            save_strategy="no",
+            save_strategy="steps" if recipe.checkpoint_steps else "no",
+            save_steps=recipe.checkpoint_steps or 1,
+            save_total_limit=2,  # the newest may be cut
             report_to=[],
             disable_tqdm=True,
         )
@@ -261,16 +206,16 @@ def finetune(profile, arm, seed, paths, say=print):
     def tokens_of_step(step):
         return round(min(step * recipe.batch_size, len(encoded) * recipe.epochs) * mean_tokens)
 
-    log = _Log(model, tokens_of_step, validation, profile.evaluate.batch_tokens, say)
-    trainer = build_trainer(
-        model, tokenizer, encoded, recipe, seed, [callback, log], run / "trainer"
-    )
+    log = RunLog(model, tokens_of_step, validation, profile.evaluate.batch_tokens, say)
+    folder = run / "trainer" / key[:16]  # a checkpoint of other code or settings is no beginning
+    trainer = build_trainer(model, tokenizer, encoded, recipe, seed, [callback, log], folder)
+    checkpoint = last_checkpoint(folder, log)
     with (
         warnings.catch_warnings(),
         out_of_memory("train.micro_batch_tokens", recipe.micro_batch_tokens),
     ):
         warnings.simplefilter("ignore", FutureWarning)  # of TRL at transformers, not ours
-        trainer.train()
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     seconds = time.perf_counter() - log.started - log.scoring
     provenance.write_json(
         run / "config.json",
@@ -285,7 +230,8 @@ def finetune(profile, arm, seed, paths, say=print):
         },
     )
     provenance.write_csv(run / "train_log.csv", pd.DataFrame(log.rows).reindex(columns=LOG_COLUMNS))
-    provenance.write_json(run / "noise.json", callback.report())
+    resumed = {"from_step": int(checkpoint.name.split("-")[1])} if checkpoint else {}
+    provenance.write_json(run / "noise.json", callback.report() | resumed)
     whole, weights = recipe.method == "full", run / profile.weights
     (model.to(torch.bfloat16) if whole else model).save_pretrained(
         weights.parent, max_shard_size="1TB"
@@ -305,39 +251,5 @@ def finetune(profile, arm, seed, paths, say=print):
             base_sha256=provenance.sha256_file(weights_file(profile.model)),
         ),
     )
+    shutil.rmtree(run / "trainer", ignore_errors=True)
     return run
-
-
-def throughput(model, recipe, encoded, seconds):
-    """Real and padded tokens/s, model FLOP/s and utilisation of training.
-
-    FLOPs per token: 4 per frozen weight (forward 2, gradient of the input 2, no gradient of
-    the weight), 6 per trained weight; the head's only on response tokens, which is why the
-    embedding's own weights, a look-up, are not counted. Attention is left out (under 3 %
-    below 400 tokens). Utilisation is the share of the fastest bf16 matrix product measured
-    in this process (`provenance.matmul_gflops`). Padded counts what batches padded to their
-    longest example would cost.
-    """
-    lengths = [len(e["input_ids"]) for e in encoded]
-    responses = sum(sum(e["completion_mask"]) for e in encoded)
-    size = recipe.batch_size
-    padded = sum(
-        max(lengths[i : i + size]) * len(lengths[i : i + size])
-        for i in range(0, len(lengths), size)
-    )
-    count = parameter_counts(model)
-    embedding = model.get_input_embeddings().weight.numel()
-    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    rest = embedding + (0 if tied else count["head"])
-    if recipe.method == "full":
-        each, head = 6 * (count["trainable"] - rest), 6 * count["head"]
-    else:
-        each, head = 4 * (count["frozen"] - rest) + 6 * count["trainable"], 4 * count["head"]
-    flops = recipe.epochs * (sum(lengths) * each + responses * head)
-    return {
-        "tokens_per_second": round(recipe.epochs * sum(lengths) / seconds, 2),
-        "padded_tokens_per_second": round(recipe.epochs * padded / seconds, 2),
-        "model_gflops_per_second": round(flops / seconds / 1e9, 2),
-        "model_flops_utilisation": round(flops / seconds / 1e9 / provenance.matmul_gflops(), 4),
-        "trainable_parameters": count["trainable"],
-    }

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from neft_utils import claims, config, data, provenance, results, tasks, train
+from neft_utils import claims, config, data, provenance, recording, results, tasks, train
 from neft_utils import model as m
 
 
@@ -56,7 +56,7 @@ def weights(run):
 def test_a_run_writes_its_files_and_the_same_seed_gives_the_same_bits(profile, paths, tmp_path):
     run = train.finetune(profile, "neft_a15", 0, paths, silent)
     log = pd.read_csv(run / "train_log.csv")
-    assert list(log.columns) == train.LOG_COLUMNS
+    assert list(log.columns) == recording.LOG_COLUMNS
     assert log.step.tolist() == [0, 1, 2, 3, 4]
     assert log.validation_nll.notna().tolist() == [True, False, True, False, True]
     noise = json.loads((run / "noise.json").read_text())
@@ -154,7 +154,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(profile, prepared):
     tokenizer = m.load_tokenizer(profile.model)
     encoded = [m.encode(tokenizer, row) for row in data.load_split(prepared, "train-s0")]
     model = train.lora_model(m.load_base(profile.model), wild, 0)
-    log = train._Log(model, lambda step: 0, encoded[:2], 512, silent)
+    log = recording.RunLog(model, lambda step: 0, encoded[:2], 512, silent)
     trainer = train.build_trainer(model, tokenizer, encoded, wild, 0, [log], prepared / "t")
     with pytest.raises(FloatingPointError, match="lower train.learning_rate or noise_alpha"):
         trainer.train()
@@ -230,6 +230,41 @@ def test_full_fine_tuning_trains_saves_and_loads_every_weight(profile, paths):
     assert about["model_gflops_per_second"] > 0
     noise = json.loads((run / "noise.json").read_text())
     assert noise["noise_rms"] == pytest.approx(noise["expected_rms"], rel=0.02)
+
+
+class Cut(TrainerCallback):
+    """Ends training as a kill does, after the third step's checkpoint."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+def test_a_cut_run_goes_on_from_its_checkpoint_to_the_same_bits(profile, paths, monkeypatch):
+    import dataclasses
+
+    recipe = dataclasses.replace(profile.train, checkpoint_steps=1, lora_dropout=0.1)
+    saving = dataclasses.replace(profile, train=recipe)
+    whole = weights(train.finetune(saving, "neft_a15", 0, paths, silent))
+    assert not (paths.run("neft_a15", 0) / "trainer").exists()
+    log = pd.read_csv(paths.run("neft_a15", 0) / "train_log.csv").drop(columns="seconds")
+    build = train.build_trainer
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "build_trainer", lambda *a: build(*a[:5], [*a[5], Cut()], a[6]))
+        with pytest.raises(KeyboardInterrupt):
+            train.finetune(saving, "neft_a15", 0, paths, silent)
+    folder = next((paths.run("neft_a15", 0) / "trainer").iterdir())
+    names = sorted(path.name for path in folder.glob("checkpoint-*"))
+    assert names == ["checkpoint-2", "checkpoint-3"]
+    (folder / "checkpoint-3" / recording.ROWS).unlink()  # cut while it was written
+    said = []
+    run = train.finetune(saving, "neft_a15", 0, paths, said.append)
+    assert said[0] == "goes on at step 2/4"
+    assert json.loads((run / "noise.json").read_text())["from_step"] == 2
+    again = weights(run)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    resumed = pd.read_csv(run / "train_log.csv").drop(columns="seconds")
+    pd.testing.assert_frame_equal(log, resumed)
 
 
 def test_the_base_is_scored_on_the_rows_of_the_first_seed_there_is(profile, paths):
@@ -351,7 +386,7 @@ def test_throughput_counts_what_the_docstring_says(profile):
     model = train.lora_model(m.load_base(profile.model), recipe, 0)
     mask = [0] * 10 + [1] * 10
     encoded = [{"input_ids": [5] * 20, "completion_mask": mask}] * 4
-    one = train.throughput(model, recipe, encoded, seconds=1.0)
+    one = recording.throughput(model, recipe, encoded, seconds=1.0)
     assert one["tokens_per_second"] == 80 * recipe.epochs == one["padded_tokens_per_second"]
     count = types.SimpleNamespace(**m.parameter_counts(model))
     body = count.frozen - count.head  # nano ties its head to the embedding
