@@ -27,6 +27,16 @@ import torch
 from neft_utils import provenance, sources
 from neft_utils.config import Data
 
+# Examples before the question, as the Open LLM Leaderboard asks, and the measure of each item.
+LEADERBOARD = {
+    "arc_challenge": (25, "acc_norm"),
+    "hellaswag": (10, "acc_norm"),
+    "mmlu": (5, "acc"),
+    "truthfulqa_mc2": (0, "acc"),
+    "gsm8k": (5, "exact_match"),
+    "ifeval": (0, "prompt_level_strict_acc"),
+}
+SUBJECTS = {"mmlu": 57}  # tasks that a name stands for
 COLUMNS = ["task", "item_id", "correct", "gold_logprob", "correct_norm"]
 # Number of items, in multiple choice by position of the gold option: what the pinned sources
 # hold. Other counts mean another file.
@@ -198,6 +208,58 @@ def score(model, tokenizer, names, limit=None, batch_size=16, *, generate=False,
             means = ", ".join(f"{column} {value:.3f}" for column, value in means.items())
             say(f"{name}: mean {means} over {len(rows)} items")
     return pd.concat(frames, ignore_index=True)
+
+
+def score_leaderboard(model, tokenizer, names, limit, batch_size=16, say=print, include_path=None):
+    """DataFrame of COLUMNS: tasks from the hub, as lm-eval defines them, one row per item.
+
+    names: of LEADERBOARD; limit: items of each, divided among the subjects of a group.
+    include_path: folder with more definitions of tasks. correct is the leaderboard's measure,
+    gold_logprob the log-probability of the right option where options are listed. Raises
+    sources.DataError of one line where a data set cannot be had.
+    """
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    _check_silent(model.eval())
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, softmax_dtype="float32", batch_size=batch_size)
+    manager, frames = TaskManager(include_path=include_path), []
+    for name in names:
+        shots, measure = LEADERBOARD[name]
+        few = math.ceil(limit / SUBJECTS.get(name, 1))
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+                found = lm_eval.simple_evaluate(
+                    lm,
+                    tasks=[name],
+                    num_fewshot=shots,
+                    limit=few,
+                    bootstrap_iters=0,
+                    task_manager=manager,
+                )
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise sources.DataError(
+                f"leaderboard task {name} cannot be had ({reason}): check the network, or leave it"
+                " out of evaluate.leaderboard"
+            ) from None
+        rows = [
+            (name, f"{task}-{one['doc_id']}", float(one[measure]), _gold(one), math.nan)
+            for task, samples in found["samples"].items()
+            for one in samples
+        ]
+        frames.append(pd.DataFrame(rows, columns=COLUMNS))
+        say(f"{name}: {measure} {frames[-1].correct.mean():.3f} over {len(rows)} items")
+    return pd.concat(frames, ignore_index=True)
+
+
+def _gold(sample):
+    """Log-probability of the right option of a multiple-choice sample, else NaN."""
+    options, target = sample["filtered_resps"], sample["target"]
+    listed = isinstance(target, int) and len(options) > 1 and isinstance(options[0], tuple | list)
+    return float(options[target][0]) if listed else math.nan
 
 
 def _score_task(ask, name, rows, batch_size, generate):

@@ -29,6 +29,8 @@ STEPS = {
     7: "07_reuse_in_your_notebook",
     90: "90_exercise_solutions",
 }
+# Tasks of the Open LLM Leaderboard, which the paper reports, and IFEval; from the hub by lm-eval.
+LEADERBOARD = ("arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc2", "gsm8k", "ifeval")
 BENCHMARKS = ("openbookqa", "siqa", "asdiv", "mtbench", "gsm8k")  # see neft_utils.benchmarks
 # Ours, so that executed notebooks may show them with the answers: one to explain, one to list,
 # one whose right answer is short.
@@ -120,6 +122,9 @@ class Evaluate:
     benchmarks: tuple[str, ...] = one_of(*BENCHMARKS, default=())
     benchmark_items: int = at_least(1, 100)  # of each
     benchmark_generation: bool = False  # also exact match of greedy answers (arithmetic)
+    leaderboard: tuple[str, ...] = one_of(*LEADERBOARD, default=())
+    leaderboard_items: int = at_least(1, 570)  # of each; 57 subjects of MMLU share them
+    alpaca_eval_prompts: int = at_least(0, 0)  # of AlpacaEval's 805, beside text_davinci_003
     stability_rows: int = at_least(0, 0)  # test rows under perturbed weights and prompts
     train_answer_prompts: int = at_least(0, 0)  # answers to the run's own training prompts
     length_arm_prompts: int = at_least(0, 0)  # the paper's Table 5, at evaluation time

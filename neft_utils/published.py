@@ -14,7 +14,6 @@ text_davinci_003, is downloaded when it is wanted, at one commit and by sha256, 
 """
 
 import argparse
-import hashlib
 import json
 import math
 import sys
@@ -24,14 +23,11 @@ import pandas as pd
 from scipy.stats import t
 
 from neft_utils import length_control, metrics, provenance
+from neft_utils.alpaca_eval import COMMIT, CONTROL, FACTS, TREATMENT, prompt_id, submission
 from neft_utils.config import REFERENCE, Paths
 from neft_utils.expected import EVIDENCE
 
-FACTS = Path(__file__).resolve().parent / "facts"
-CONTROL, TREATMENT = "alpaca-7b", "alpaca-7b-neft"
 CHUNK = 50  # words; the paper's C for Alpaca (Table 4)
-COMMIT = "cd543a149df89434d8a54582c0151c0b945c3d20"
-SOURCE = f"https://raw.githubusercontent.com/tatsu-lab/alpaca_eval/{COMMIT}"
 LIMITS = ("mean", "low", "high")
 NAMES = ("model_outputs.json", "annotations.json")
 VIEWS = ["view", "kind", "estimate", "ci_low", "ci_high", "n"]
@@ -69,19 +65,6 @@ def leaderboard_pair(control=CONTROL, treatment=TREATMENT):
     return out
 
 
-def submission(model, cache=None, source=SOURCE):
-    """Folder with model_outputs.json and annotations.json of a public model, verified just now.
-
-    model: alpaca-7b or alpaca-7b-neft. cache: default data/downloads/alpaca_eval. A missing file
-    is downloaded. Raises what `provenance.pinned_file` raises.
-    """
-    folder = Path(cache or provenance.ROOT / "data" / "downloads" / "alpaca_eval") / model
-    files = pd.read_csv(FACTS / "alpaca_eval_files.csv").query("model == @model")
-    for file in files.itertuples():
-        provenance.pinned_file(f"{source}/{file.path}", file.sha256, folder / file.name)
-    return folder
-
-
 def read_arm(folder):
     """A folder's answers as length_control wants them: prompt_id, preference, chars,
     reference_chars; one row per instruction that was answered and annotated.
@@ -103,9 +86,8 @@ def read_arm(folder):
             remedy = "swap the two" if row["output_1"] == text else "annotate these outputs again"
             where = f"{folder / 'annotations.json'}: row {judged.index(row)}"
             raise ValueError(f"{where}: output_2 is not the answer in model_outputs.json: {remedy}")
-        prompt_id = hashlib.sha256(row["instruction"].encode()).hexdigest()[:16]
         win = _win(row.get("preference"), folder)
-        rows.append([prompt_id, win, len(text), len(row["output_1"])])
+        rows.append([prompt_id(row["instruction"]), win, len(text), len(row["output_1"])])
     if not rows:
         raise ValueError(f"{folder}: no instruction is in both model_outputs.json and annotations")
     return pd.DataFrame(rows, columns=length_control.COLUMNS)

@@ -12,7 +12,7 @@ import math
 import pandas as pd
 
 from neft_utils import length_control, stats
-from neft_utils.config import BASE, REFERENCE, ConfigError, Paths, load_profile
+from neft_utils.config import BASE, LEADERBOARD, REFERENCE, ConfigError, Paths, load_profile
 from neft_utils.expected import EVIDENCE
 from neft_utils.provenance import read_json
 from neft_utils.sources import read_jsonl
@@ -41,7 +41,9 @@ METRICS = {
     "arithmetic": ("nats", "log-probability of the right answer, ASDiv"),
     "weight_rise": ("nats/token", "rise of test NLL under relative weight perturbation"),
     "typo_rise": ("nats/token", "rise of test NLL under typos in the prompt"),
+    **{name: ("share", f"{name}, as the Open LLM Leaderboard scores it") for name in LEADERBOARD},
     "preference": ("points", "judged better than the reference answer, per cent"),
+    "alpaca_eval": ("points", "AlpacaEval: judged better than text_davinci_003, per cent"),
     "train_seconds": ("s", "time of the optimiser steps"),
     "answer_seconds": ("s", "time to answer the test prompts"),
 }
@@ -67,8 +69,13 @@ ITEMS = {
     "siqa": ("task_items", "task == 'siqa'", "item_id", "correct_norm"),
     "knowledge": ("task_items", "task in ('openbookqa', 'siqa')", "item_id", "gold_logprob"),
     "arithmetic": ("task_items", "task == 'asdiv'", "item_id", "gold_logprob"),
-    "preference": ("preferences", "set == 'test'", "example_id", "preference"),
+    **{name: ("task_items", f"task == '{name}'", "item_id", "correct") for name in LEADERBOARD},
+    **{
+        name: ("preferences", f"set == '{one}'", "example_id", "preference")
+        for name, one in (("preference", "test"), ("alpaca_eval", "alpaca_eval"))
+    },
 }
+JUDGED = ("preference", "alpaca_eval")
 RISES = {"weight_rise": "weights", "typo_rise": "prompt"}  # kinds of perturbed_losses.csv
 FILES = ("losses", "task_items", "perturbed_losses", "stopping", "preferences")
 
@@ -138,7 +145,7 @@ def per_item(run, name, decoding):
     if table == "task_items":  # several tasks may number their items alike
         found = found.assign(item_id=found.task + "/" + found.item_id)
     values = found.set_index(item)[value].astype(float).dropna()
-    return values * 100 if name == "preference" else values
+    return values * 100 if name in JUDGED else values
 
 
 def _rise(perturbed, kind):
@@ -206,7 +213,7 @@ def paired(runs, treatment, controls, name, decoding):
         sides = [per_item(runs[arm, seed], name, decoding) for arm in arms]
         if any(side is None for side in sides):
             continue
-        if name != "preference" and any(set(side.index) != set(sides[0].index) for side in sides):
+        if name not in JUDGED and any(set(side.index) != set(sides[0].index) for side in sides):
             raise ConfigError(f"{name}: {' and '.join(arms)} of seed {seed} have different items")
         delta = (sides[0] - sum(sides[1:]) / len(controls)).dropna()
         frames.append(pd.DataFrame({"seed": seed, "example_id": delta.index, "delta": delta.array}))

@@ -11,6 +11,7 @@ import time
 import pandas as pd
 
 from neft_utils import (
+    alpaca_eval,
     benchmarks,
     data,
     judge,
@@ -135,6 +136,9 @@ def collect_answers(answers, profile, arm, seed, paths, test):
     shown = {f"shown-{n}": prompt for n, prompt in enumerate(settings.shown_prompts)}
     answers.ask(test=_first(prompts, settings.answer_prompts), shown=shown)
     answers.ask(test=_first(prompts, settings.answer_prompts_without_penalty), penalty=1.0)
+    if settings.alpaca_eval_prompts:
+        asked = alpaca_eval.rows(settings.alpaca_eval_prompts)
+        answers.ask(**{alpaca_eval.SET: {row["id"]: row["prompt"] for row in asked}})
     if not settings.length_arm_prompts or arm == BASE:
         return
     some = _first(prompts, settings.length_arm_prompts)
@@ -167,6 +171,17 @@ def secondary(model, tokenizer, answers, profile, train, test, say):
                 say=say,
             )
         )
+    if settings.leaderboard:
+        items.append(
+            benchmarks.score_leaderboard(
+                model,
+                tokenizer,
+                settings.leaderboard,
+                settings.leaderboard_items,
+                batch_size=settings.answer_batch_size,
+                say=say,
+            )
+        )
     if items:
         out["task_items.csv"] = pd.concat(items, ignore_index=True)
     if settings.stability_rows:
@@ -187,8 +202,11 @@ def judge_answers(profile, answers, test, paths, say):
     if not usable:
         say(f"no preferences: {reason}")
         return None, {"left_out": reason}
-    references, frames, summaries = {row["id"]: row for row in test}, [], {}
-    for name in dict.fromkeys(row["set"] for row in answers):
+    wanted = profile.evaluate.alpaca_eval_prompts
+    known = [*test, *(alpaca_eval.rows(wanted) if wanted else ())]
+    references, frames, summaries = {row["id"]: row for row in known}, [], {}
+    sets = dict.fromkeys(row["set"] for row in answers)
+    for name in (one for one in sets if one.startswith("test") or one == alpaca_eval.SET):
         pairs = [
             {
                 "example_id": row["example_id"],
@@ -199,7 +217,7 @@ def judge_answers(profile, answers, test, paths, say):
             for row in answers
             if row["set"] == name and row["decoding"] != decoding_name(1.0)
         ]
-        if name.startswith("test") and pairs:
+        if pairs:
             cache = paths.results.parent / "judge_cache"
             found, summaries[name] = judge.judge_answers(
                 pairs[: settings.prompts], settings, cache, say
@@ -291,7 +309,7 @@ def answer_scores(rows, references, chunk):
     scores, rows = {}, [row for row in rows if row["set"] != "shown"]
     if rows:
         for (name, decoding), group in pd.DataFrame(rows).groupby(["set", "decoding"]):
-            known = None if name == "verifiable" else references
+            known = None if name in ("verifiable", alpaca_eval.SET) else references
             summary = metrics.summarise_answers(group, known, chunk)
             front = decoding if name == "test" else f"{name}/{decoding}"
             scores |= {f"{front}/{key}": value for key, value in summary.items()}

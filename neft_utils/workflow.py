@@ -55,7 +55,7 @@ def estimate(profile, paths):
     scored = len(models) * (fixed * total + rows.ood_rows * 300) + checks
     answering = sum(profile.answers(*model) for model in models)
     prompts = asked.answer_prompts + asked.answer_prompts_without_penalty
-    prompts += len(asked.shown_prompts)
+    prompts += len(asked.shown_prompts) + asked.alpaca_eval_prompts
     longer = 2 * asked.length_arm_prompts
     length = min(1.5 * response, asked.max_new_tokens)
     answers = answering * (prompts + longer) * length
@@ -63,6 +63,8 @@ def estimate(profile, paths):
     extra = asked.train_answer_prompts + 3 * asked.verifiable_per_family
     # Options of a multiple-choice item add up to about 250 tokens; six passes over stability rows.
     passes = len(asked.benchmarks) * asked.benchmark_items * 250 + 6 * asked.stability_rows * total
+    # Options times 400 tokens of examples and question.
+    passes += len(asked.leaderboard) * asked.leaderboard_items * 4 * 400
     measured = measuring * (passes + extra * length)
     seconds = measuring * (passes / speed.forward + extra * length / speed.answers)
     return [

@@ -478,3 +478,82 @@ def test_the_base_model_of_profile_cpu_agrees_with_a_plain_forward_pass(tasks):
     expected = expected_rows(base, tokenizer, "openbookqa", tasks["openbookqa"][:3])
     # bf16 rounds differently in batches of another shape.
     assert found.gold_logprob.tolist() == pytest.approx(expected.gold_logprob.tolist(), abs=0.5)
+
+
+# ---------------------------------------------------------------------- tasks as lm-eval has them
+
+OWN_TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: {kind}
+doc_to_text: "{{{{prompt}}}}"
+{target}
+metric_list: [{{metric: {measure}, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+def test_leaderboard_tasks_are_scored_item_by_item(lively, tokenizer, tmp_path, monkeypatch):
+    rows = [
+        {"prompt": f"What is {n} plus one?", "choices": [str(n), str(n + 1)], "label": n % 2}
+        for n in range(6)
+    ]
+    file = tmp_path / "rows.json"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    kinds = {
+        "own_choice": (
+            "multiple_choice",
+            "doc_to_choice: choices\ndoc_to_target: label",
+            "acc_norm",
+        ),
+        "own_answer": (
+            "generate_until",
+            'doc_to_target: "{{choices[label]}}"\ngeneration_kwargs: {until: ["?"], max_gen_toks: 4}',
+            "exact_match",
+        ),
+    }
+    for name, (kind, target, measure) in kinds.items():
+        text = OWN_TASK.format(name=name, file=file, kind=kind, target=target, measure=measure)
+        (tmp_path / f"{name}.yaml").write_text(text)
+    own = {name: (0, measure) for name, (_, _, measure) in kinds.items()}
+    monkeypatch.setattr(benchmarks, "LEADERBOARD", own)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    said = []
+    frame = benchmarks.score_leaderboard(
+        lively, tokenizer, list(own), 5, say=said.append, include_path=str(tmp_path)
+    )
+    assert frame.columns.tolist() == benchmarks.COLUMNS and len(said) == 2
+    choice, answer = (frame[frame.task == name] for name in own)
+    assert len(choice) == len(answer) == 5 and frame.item_id.is_unique
+    assert set(choice.correct) <= {0.0, 1.0} and (choice.gold_logprob < 0).all()
+    assert set(answer.correct) <= {0.0, 1.0} and answer.gold_logprob.isna().all()
+    # The right option's log-probability, by a plain forward pass.
+    context = tokenizer(rows[0]["prompt"], add_special_tokens=False)["input_ids"]
+    target = tokenizer(" " + rows[0]["choices"][0], add_special_tokens=False)["input_ids"]
+    lively.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        logits = lively(torch.tensor([context + target])).logits[0].log_softmax(-1)
+    plain = sum(logits[len(context) + i - 1, token].item() for i, token in enumerate(target))
+    assert choice.gold_logprob.iloc[0] == pytest.approx(plain, rel=1e-4)
+
+
+OFFLINE = """
+from neft_utils import benchmarks, model as m
+from neft_utils.config import Model
+nano = Model(source="nano")
+benchmarks.score_leaderboard(m.load_base(nano), m.load_tokenizer(nano), ["arc_challenge"], 2)
+"""
+
+
+def test_a_leaderboard_task_that_cannot_be_had_is_one_line(tmp_path):
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    environment = {**os.environ, **offline, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", OFFLINE], env=environment, capture_output=True, text=True
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert (
+        done.returncode == 1 and "DataError: leaderboard task arc_challenge cannot be had" in last
+    )
+    assert "leave it out of evaluate.leaderboard" in last

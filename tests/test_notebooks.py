@@ -116,7 +116,7 @@ def test_modules_import_only_from_lower_floors():
     floors = [
         {"noise", "fast", "config", "provenance", "metrics", "stats", "filters", "length_control"}
         | {"expected", "keys", "run_plots", "hub", "strict"},
-        {"sources", "data", "model", "preflight"},
+        {"sources", "data", "model", "preflight", "alpaca_eval"},
         {"train", "recording", "generate", "tasks", "judge", "verifiable", "benchmarks"}
         | {"stability"},
         {"results", "claims", "published", "plots"},

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from scipy.special import expit
 
-from neft_utils import length_control, plots, published
+from neft_utils import alpaca_eval, length_control, plots, published
 from neft_utils.config import Paths
 from neft_utils.provenance import ROOT, NoNetworkError, ProvenanceError, sha256_file
 
@@ -178,7 +178,7 @@ def serve(monkeypatch, tmp_path):
     facts.mkdir()
     columns = ["model", "name", "path", "sha256"]
     pd.DataFrame(rows, columns=columns).to_csv(facts / "alpaca_eval_files.csv", index=False)
-    monkeypatch.setattr(published, "FACTS", facts)
+    monkeypatch.setattr(alpaca_eval, "FACTS", facts)
     return root.as_uri()
 
 
@@ -219,8 +219,8 @@ def test_the_pins_are_whole():
         for model in (published.CONTROL, published.TREATMENT)
         for name in published.NAMES
     )
-    assert len(published.COMMIT) == 40 and int(published.COMMIT, 16)
-    assert published.COMMIT in published.SOURCE and published.SOURCE.startswith("https://")
+    assert len(alpaca_eval.COMMIT) == 40 and int(alpaca_eval.COMMIT, 16)
+    assert alpaca_eval.COMMIT in alpaca_eval.SOURCE and alpaca_eval.SOURCE.startswith("https://")
 
 
 # --------------------------------------------------------------------------- revisiting
