@@ -509,7 +509,8 @@ def test_leaderboard_tasks_are_scored_item_by_item(lively, tokenizer, tmp_path, 
         ),
         "own_answer": (
             "generate_until",
-            'doc_to_target: "{{choices[label]}}"\ngeneration_kwargs: {until: ["?"], max_gen_toks: 4}',
+            'doc_to_target: "{{choices[label]}}"\n'
+            'generation_kwargs: {until: ["?"], max_gen_toks: 4}',
             "exact_match",
         ),
     }
