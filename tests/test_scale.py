@@ -29,6 +29,8 @@ def nano_copy(name, folder):
     values["data"] |= {"max_tokens": 400, "train_rows": 8, "validation_rows": 4, "test_rows": 6}
     sizes = {"epochs": 1, "batch_size": 4, "micro_batch_tokens": 500, "learning_rate": 1e-3}
     values["train"] |= sizes | {"lora_rank": 4, "optimizer": "adamw"}
+    if "checkpoint_steps" in values["train"]:
+        values["train"]["checkpoint_steps"] = 1
     asked = {"answer_prompts": 2, "max_new_tokens": 8, "answer_batch_size": 8, "train_rows": 4}
     kept = ("answer_seeds", "secondary_seeds", "judge")
     asked |= {key: values["evaluate"][key] for key in kept if key in values["evaluate"]}
