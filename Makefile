@@ -5,7 +5,7 @@ BIN := .venv/bin
 NEFT := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m neft_utils
 WITH := $(if $(PROFILE),--profile $(PROFILE))
 .DEFAULT_GOAL := help
-.PHONY: help env plan smoke reproduce figures compare bench bench-gpu promote report test test-slurm test-all lint strip clean
+.PHONY: help env plan check smoke reproduce figures compare bench bench-gpu promote report test test-slurm test-all lint strip clean
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -23,6 +23,9 @@ env: .venv/installed  ## create .venv with the pinned packages
 
 plan: env  ## print steps, sizes and estimates of PROFILE without running
 	@$(NEFT) plan $(WITH)
+
+check: env  ## look at machine, model and rows of PROFILE before a run
+	@$(NEFT) check $(WITH)
 
 smoke: env  ## run the whole chain at tiny sizes (about 3 minutes on 2 cores)
 	@$(NEFT) reproduce --profile smoke

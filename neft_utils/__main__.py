@@ -11,6 +11,7 @@ import os
 import shlex
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 from neft_utils import preflight, provenance
@@ -68,6 +69,7 @@ def _parser():
         return sub
 
     command("plan", plan, "print steps, sizes and estimates; run nothing")
+    command("check", check, "look at machine, model and rows of a profile; run nothing")
     sub = command("notebook", notebook, "execute one notebook with papermill")
     sub.add_argument("step", type=int, choices=sorted(STEPS))
     sub.add_argument("--arm")
@@ -130,6 +132,21 @@ def plan(arguments):
         f"about {time} with {side_by_side} side by side (speeds {kind}); each run"
         f" {profile.memory_gb:g} GB of memory{gpu}; {profile.disk_gb:g} GB of disk"
     )
+
+
+def check(arguments):
+    """What would stop a run of the profile: machine, model, tokenizer, rows. Writes nothing."""
+    from neft_utils import data, sources
+    from neft_utils.model import check_model, count_tokens
+
+    profile, _, _ = _profile(arguments)
+    for what, found in preflight.check(profile):
+        print(f"{what}: {found}")
+    _, tokenizer = check_model(profile)
+    files, count = sources.source_files(profile.data), count_tokens(tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = data.prepare(profile.data, profile.all_seeds(), folder, count, **files)["rows"]
+    print("rows: " + ", ".join(f"{name} {count}" for name, count in rows.items()))
 
 
 # ------------------------------------------------------------------------------ one notebook

@@ -21,7 +21,7 @@ from neft_utils import (
     stability,
     verifiable,
 )
-from neft_utils.config import BASE, as_dict, decoding_name
+from neft_utils.config import BASE, ConfigError, as_dict, decoding_name
 from neft_utils.generate import answer
 from neft_utils.keys import step_key
 from neft_utils.model import (
@@ -236,6 +236,12 @@ def evaluate(profile, arm, seed, paths, say=print):
     require_device(profile)
     begun, key = provenance.begin(), step_key(profile, 4, arm, seed)
     run, settings = paths.run(arm, seed), profile.evaluate
+    base = provenance.sha256_file(weights_file(profile.model))
+    trained = None if arm == BASE else provenance.read_json(run / "provenance.json")
+    if trained and trained["base_sha256"] != base:
+        raise ConfigError(
+            f"run {run.name} was trained on other base weights: run notebook 03 again"
+        )
     (run / "scores.json").unlink(missing_ok=True)  # of an earlier run: this one is not whole yet
     tokenizer = load_tokenizer(profile.model)
     splits = {name: split_rows(profile, arm, seed, paths, name) for name in SCORED}
@@ -276,7 +282,7 @@ def evaluate(profile, arm, seed, paths, say=print):
         step_key=key,
         phase_seconds={name: round(value, 1) for name, value in seconds.items()},
         answer_tokens=sum(row["n_tokens"] for row in answers.rows if row["set"] == "test"),
-        base_sha256=provenance.sha256_file(weights_file(profile.model)),
+        base_sha256=base,
     )
     if arm == BASE:
         config = {
