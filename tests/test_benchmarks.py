@@ -471,7 +471,7 @@ def test_wrong_arguments_of_score_are_one_line(names, batch_size, message):
 @pytest.mark.wheels
 def test_the_base_model_of_profile_cpu_agrees_with_a_plain_forward_pass(tasks):
     model = load_profile("cpu").model
-    if not (m.ROOT / "data" / "models" / f"{model.source}-{model.base_weights}").is_dir():
+    if not list(m.MODELS.glob(f"{model.source}-*{model.base_weights}")):
         pytest.skip("the base model is not converted yet: run notebook 01 or 03 once")
     base, tokenizer = m.load_base(model), m.load_tokenizer(model)
     found = benchmarks.score(base, tokenizer, ["openbookqa"], 3, batch_size=12, say=quiet)

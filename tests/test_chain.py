@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -185,40 +184,6 @@ def test_tables_can_be_recomputed_from_the_per_item_files(nano):
             for seed in (0, 1)
         ]
         assert main.test_nll[arm] == pytest.approx(sum(values) / 2, abs=1e-12)
-
-
-def test_a_run_killed_in_the_middle_is_finished_by_the_next_call(nano, tmp_path):
-    finished, results, _ = nano
-    folder = copy_of_the_repository(tmp_path)
-    process = subprocess.Popen(
-        command("reproduce", "--profile", "nano"),
-        cwd="/",
-        env=surroundings(folder),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    partial = folder / "results" / "local" / "nano" / "notebooks"
-    deadline = time.monotonic() + 120
-    while not list(partial.glob(".03_*")) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    time.sleep(3)
-    kill_all(process.pid)
-    process.wait()
-    assert not (partial.parent / "claims.json").exists()
-    done = neft(folder, "reproduce", "--profile", "nano")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert files_of(folder / "results/local/nano/runs") == files_of(results / "runs")
-    assert not list(partial.glob(".0*"))
-
-
-def kill_all(pid):
-    """kill -9 of a process and all its descendants (kernels start sessions of their own)."""
-    import psutil
-
-    family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    for one in family:
-        one.send_signal(signal.SIGKILL)
 
 
 def mine(tmp_path, **changes):

@@ -118,6 +118,17 @@ def test_a_model_of_ones_own_is_rounded_to_nf4_once_and_again_when_it_changes(
     assert m.model_folder(mine) != first
 
 
+def test_a_cached_model_that_changed_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(m, "MODELS", tmp_path)
+    folder = m.model_folder(NANO, "bf16")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    m._verify.cache_clear()  # as in another process
+    with pytest.raises(ConfigError, match="model.safetensors has changed since .*: delete"):
+        m.model_folder(NANO, "bf16")
+    m._verify.cache_clear()
+
+
 @pytest.mark.parametrize(
     "model, message",
     [

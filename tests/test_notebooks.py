@@ -161,10 +161,8 @@ def test_installed_versions_are_the_pinned_ones():
 
 def test_make_alone_lists_every_target():
     text = (ROOT / "Makefile").read_text("utf-8")
-    wanted = (
-        "env plan smoke reproduce figures compare bench bench-gpu promote report test test-slurm"
-    )
-    wanted += " test-all lint strip clean"
+    wanted = "env plan check smoke reproduce figures compare bench bench-gpu promote report test"
+    wanted += " test-slurm test-faults test-all lint strip clean"
     for target in wanted.split():
         assert re.search(rf"^{target}:.*## \S", text, re.M), target
 
