@@ -300,6 +300,7 @@ def compare(arguments):
     for path in sides:
         if not path.exists():
             raise ConfigError(f"{os.path.relpath(path, ROOT)} is missing: nothing to compare")
+    _refuse_unlike(*(path.parent.parent for path in sides))
     reference, local = (pd.read_csv(path).set_index("arm") for path in sides)
     if list(reference.index) != list(local.index):
         raise ConfigError("local and reference have different arms: they cannot be compared")
@@ -318,6 +319,30 @@ def compare(arguments):
                 f" tolerance {TOLERANCES[unit]:g} {unit}"
             )
     return 1 if misses else 0
+
+
+def _refuse_unlike(reference, local):
+    """Raise ConfigError for results of other rows, another model or another recipe."""
+    for name in ("test.jsonl", "validation.jsonl"):
+        files = [
+            provenance.read_json(place / "manifest.json")["files"] for place in (reference, local)
+        ]
+        if files[0][name] != files[1][name]:
+            raise ConfigError(f"local and reference have different rows ({name}): not comparable")
+    for path in sorted((local / "runs").glob("*/config.json")):
+        other = reference / path.relative_to(local)
+        if not other.exists():
+            continue
+        ours, theirs = (provenance.read_json(one) for one in (path, other))
+        for part in ("model", "train", "noise"):
+            # Keys that only one side has are settings of a later version, at their defaults.
+            both = ours.get(part, {}).keys() & theirs.get(part, {}).keys()
+            for key in sorted(both):
+                if ours[part][key] != theirs[part][key]:
+                    raise ConfigError(
+                        f"run {path.parent.name} has {part}.{key} {ours[part][key]} here and"
+                        f" {theirs[part][key]} in the reference: not comparable"
+                    )
 
 
 def bench(arguments):

@@ -288,6 +288,32 @@ def test_the_gpu_bench_without_a_gpu_says_so(nano):
     assert done.returncode == 1 and "error: make bench-gpu needs a CUDA GPU" in done.stderr
 
 
+def test_compare_holds_like_with_like(nano, tmp_path):
+    folder, results, _ = nano
+    stored = folder / "results" / "reference" / "nano"
+    shutil.copytree(results, stored, ignore=shutil.ignore_patterns("adapter"))
+    same = neft(folder, "compare", "--profile", "nano")
+    assert same.returncode == 0 and "MISS" not in same.stdout
+    assert "ok baseline test_nll: reference" in same.stdout
+    main = stored / "tables" / "main.csv"
+    table = pd.read_csv(main)
+    main.write_text(table.assign(test_nll=table.test_nll + 1).to_csv(index=False), "utf-8")
+    other = neft(folder, "compare", "--profile", "nano")
+    assert other.returncode == 1 and other.stdout.count("MISS") == len(table)
+    config = stored / "runs" / "baseline-s0" / "config.json"
+    changed = json.loads(config.read_text("utf-8"))
+    changed["train"]["learning_rate"] = 1.0
+    config.write_text(json.dumps(changed), "utf-8")
+    unlike = neft(folder, "compare", "--profile", "nano")
+    assert unlike.returncode == 1 and "train.learning_rate 0.01 here and 1.0" in unlike.stderr
+    manifest = json.loads((stored / "manifest.json").read_text("utf-8"))
+    manifest["files"]["test.jsonl"] = "0"
+    (stored / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    rows = neft(folder, "compare", "--profile", "nano")
+    assert rows.returncode == 1 and "different rows (test.jsonl)" in rows.stderr
+    shutil.rmtree(stored)
+
+
 def test_two_at_once_are_refused(nano):
     import fcntl
 
