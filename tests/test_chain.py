@@ -59,6 +59,9 @@ def surroundings(folder, **more):
     return {**os.environ, "PYTHONPATH": str(folder), "PATH": path, **more}
 
 
+CANARY = "canary-5d41402abc"
+
+
 def files_of(run):
     return {
         path.relative_to(run): path.read_bytes()
@@ -72,7 +75,8 @@ def files_of(run):
 def nano(tmp_path_factory):
     """A finished nano chain: (repository copy, results folder)."""
     folder = copy_of_the_repository(tmp_path_factory.mktemp("nano"))
-    done = neft(folder, "reproduce", "--profile", "nano")
+    keys = {"OPENAI_API_KEY": CANARY, "HF_TOKEN": CANARY}
+    done = neft(folder, "reproduce", "--profile", "nano", **keys)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, folder / "results" / "local" / "nano", done
 
@@ -123,6 +127,14 @@ def test_the_chain_writes_every_file(nano):
         "05_ledger",
     ):
         assert {f"{stem}.png", f"{stem}.svg"} <= figures
+
+
+def test_no_key_of_the_environment_is_written_anywhere(nano):
+    folder, _, done = nano
+    assert CANARY not in done.stdout + done.stderr
+    for top in ("results/local", ".snakemake", "data/processed"):
+        for path in (folder / top).rglob("*"):
+            assert not path.is_file() or CANARY.encode() not in path.read_bytes(), path
 
 
 def test_it_says_how_far_it_is_and_ends_with_the_table(nano):

@@ -73,6 +73,12 @@ def test_a_member_comes_out_of_a_wheel_with_the_right_hash(wheel):
         provenance.wheel_member("else", "x", **options)
 
 
+@pytest.mark.parametrize("member", ["../rows.json", "/tmp/rows.json", "some_data/../../rows.json"])
+def test_a_member_that_leads_out_of_the_wheel_is_refused(wheel, member):
+    with pytest.raises(ProvenanceError, match="leads out of the wheel"):
+        provenance.wheel_member("some-data", member, **wheel[0])
+
+
 def test_an_unpacked_member_that_changed_is_refused(wheel):
     options, path = wheel
     member = provenance.wheel_member("some-data", "some_data/rows.json", **options)

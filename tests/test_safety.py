@@ -1,0 +1,101 @@
+"""Files from elsewhere are data: nothing in them is run."""
+
+import ast
+import dataclasses
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from test_train import Cut, Places, silent
+
+from neft_utils import config, data, recording, train
+from neft_utils import model as m
+from neft_utils.config import HERE, NOTEBOOKS, ConfigError, Model
+
+CODE = """
+open({marker!r}, "w").close()
+from transformers import LlamaConfig as EvilConfig, LlamaForCausalLM as EvilModel
+"""
+
+
+class Evil:
+    """Unpickling it creates a file."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    folder, nano = tmp_path / "model", Model(source="nano")
+    for part in (m.load_tokenizer(nano), m.load_base(nano, "bf16")):
+        part.save_pretrained(folder)
+    return folder
+
+
+def test_code_that_comes_with_a_model_is_not_run(model_folder, tmp_path):
+    marker = tmp_path / "ran"
+    (model_folder / "evil.py").write_text(CODE.format(marker=str(marker)))
+    config_file = model_folder / "config.json"
+    values = json.loads(config_file.read_text())
+    values |= {
+        "model_type": "evil",
+        "auto_map": {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel"},
+    }
+    config_file.write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match="model.source"):
+        m.load_base(Model(source=str(model_folder), base_weights="bf16"))
+    assert not marker.exists()
+
+
+def test_pickled_weights_are_not_read(model_folder, tmp_path):
+    marker = tmp_path / "ran"
+    (model_folder / "model.safetensors").unlink()
+    (model_folder / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(marker)))
+    with pytest.raises(ConfigError, match=r"no \*.safetensors"):
+        m.load_base(Model(source=str(model_folder), base_weights="bf16"))
+    assert not marker.exists()
+
+
+def test_a_pickle_in_a_checkpoint_is_not_run(tmp_path, monkeypatch):
+    nano = config.load_profile("nano")
+    recipe = dataclasses.replace(nano.train, checkpoint_steps=1)
+    profile = dataclasses.replace(nano, train=recipe)
+    paths = Places(profile.name, str(tmp_path))
+    object.__setattr__(paths, "folder", tmp_path / "processed")
+    count = m.count_tokens(m.load_tokenizer(profile.model))
+    data.prepare(profile.data, profile.all_seeds(), paths.processed, count)
+    build = train.build_trainer
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "build_trainer", lambda *a: build(*a[:5], [*a[5], Cut()], a[6]))
+        with pytest.raises(KeyboardInterrupt):
+            train.finetune(profile, "baseline", 0, paths, silent)
+    folder = next((paths.run("baseline", 0) / "trainer").iterdir())
+    marker = tmp_path / "ran"
+    torch.save({"state": Evil(marker)}, folder / "checkpoint-3" / "optimizer.pt")
+    assert (folder / "checkpoint-3" / recording.ROWS).exists()
+    with pytest.raises(Exception, match="(?i)weights.only"):
+        train.finetune(profile, "baseline", 0, paths, silent)
+    assert not marker.exists()
+
+
+def test_remote_code_is_trusted_nowhere():
+    places = [(path.name, path.read_text("utf-8")) for path in HERE.glob("*.py")]
+    for path in NOTEBOOKS.glob("*.ipynb"):
+        cells = json.loads(path.read_text("utf-8"))["cells"]
+        code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+        places.append((path.name, "\n".join(code)))
+    for name, text in places:
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                assert node.value.value is False, name
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in ("pickle.load", "pickle.loads", "eval", "exec"), name
+                if called == "torch.load":
+                    assert any(k.arg == "weights_only" for k in node.keywords), name
