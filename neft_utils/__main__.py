@@ -323,11 +323,10 @@ def compare(arguments):
 
 def _refuse_unlike(reference, local):
     """Raise ConfigError for results of other rows, another model or another recipe."""
+    manifests = [provenance.read_json(side / "manifest.json") or {} for side in (reference, local)]
+    files = [manifest.get("files", {}) for manifest in manifests]
     for name in ("test.jsonl", "validation.jsonl"):
-        files = [
-            provenance.read_json(place / "manifest.json")["files"] for place in (reference, local)
-        ]
-        if files[0][name] != files[1][name]:
+        if files[0].get(name) != files[1].get(name):
             raise ConfigError(f"local and reference have different rows ({name}): not comparable")
     for path in sorted((local / "runs").glob("*/config.json")):
         other = reference / path.relative_to(local)
