@@ -98,11 +98,12 @@ def _publish(folder, build):
         temporary.mkdir(parents=True)
         build(temporary)
         write_json(temporary / SUMS, {f.name: sha256_file(f) for f in temporary.iterdir()})
+        if folder.exists() and not (folder / SUMS).exists():  # of a version without sums
+            shutil.rmtree(folder, ignore_errors=True)
         try:
             temporary.rename(folder)
         except OSError:
-            # Another process was faster, with the same content, or the folder holds something else.
-            if not (folder / SUMS).exists():
+            if not (folder / SUMS).exists():  # else another process was faster, with the same files
                 raise ConfigError(f"{folder} is in the way of a model: delete it") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

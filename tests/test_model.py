@@ -118,6 +118,13 @@ def test_a_model_of_ones_own_is_rounded_to_nf4_once_and_again_when_it_changes(
     assert m.model_folder(mine) != first
 
 
+def test_a_cached_model_without_sums_is_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(m, "MODELS", tmp_path)
+    (tmp_path / "nano").mkdir()
+    (tmp_path / "nano" / "config.json").write_text("{}")
+    assert (m.model_folder(NANO, "bf16") / "model.safetensors").exists()
+
+
 def test_a_cached_model_that_changed_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(m, "MODELS", tmp_path)
     folder = m.model_folder(NANO, "bf16")
