@@ -18,7 +18,6 @@ import logging
 import math
 import os
 import re
-from collections import Counter
 
 import numpy as np
 import pandas as pd
@@ -38,10 +37,15 @@ LEADERBOARD = {
 }
 SUBJECTS = {"mmlu": 57}  # tasks that a name stands for
 COLUMNS = ["task", "item_id", "correct", "gold_logprob", "correct_norm"]
-# Number of items, in multiple choice by position of the gold option: what the pinned sources
-# hold. Other counts mean another file.
-COUNTS = {"openbookqa": (138, 126, 132, 104), "siqa": (633, 643, 649)}
-COUNTS |= {"asdiv": 2083, "mtbench": 30, "gsm8k": 1319}
+# Of the task files that are built from the pinned sources.
+SHA256 = {
+    "openbookqa": "d13d938a9ac6f90ba63a9e8217da879cdcb811ddb682040fe8229decc05e8d3a",
+    "siqa": "299447df40ad14ec418077c86866bbaa77eeb5d9d5b5c589c8b1f8aa5e3a7ccb",
+    "asdiv": "9f7bcaee05e6af3d74fff9ee4553c0e033fb83bd59aec05f1fabab50cf9cf3c0",
+    "mtbench": "b7228084719af171d50d7ea34739513bcef41524e67b3b25fed9117ac2f6648a",
+    "gsm8k": "6519eb4efd4b8325bb177aa4f82904088a93062a522fbc133891c87eed379b14",
+}
+MTBENCH_REFERENCES = 30
 GSM8K_URL = (
     "https://raw.githubusercontent.com/openai/grade-school-math/"
     "b52325ad96ea38979fdc222e881ff5d105f95295/grade_school_math/data/test.jsonl"
@@ -62,8 +66,8 @@ def items(name, limit=None):
     ValueError for an unknown name or a limit below 1; provenance.ProvenanceError or
     sources.DataError where a source cannot be had or a file is not as it should be.
     """
-    if name not in COUNTS:
-        raise ValueError(f"no benchmark {name!r}: use one of {', '.join(COUNTS)}")
+    if name not in SHA256:
+        raise ValueError(f"no benchmark {name!r}: use one of {', '.join(SHA256)}")
     if limit is not None:
         _check_whole("limit", limit)
     path = provenance.ROOT / "data" / "tasks" / f"{name}.jsonl"
@@ -71,38 +75,17 @@ def items(name, limit=None):
         rows = _build(name)
         order = np.random.default_rng(0).permutation(len(rows))
         provenance.write_jsonl(path, [rows[i] for i in order])
-    rows = sources.read_jsonl(path)
-    if problem := _problem(rows, COUNTS[name]):
-        raise sources.DataError(f"{name}, {problem}: delete {path} and run again to build it anew")
-    return rows[:limit]
+    if provenance.sha256_file(path) != SHA256[name]:
+        raise sources.DataError(
+            f"{name} is not the task file that the pinned sources give: delete {path} and run again"
+            " to build it anew"
+        )
+    return sources.read_jsonl(path)[:limit]
 
 
 def _check_whole(name, value):
     if type(value) is not int or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-
-
-def _problem(rows, counts):
-    """What is wrong with a task file, in words, or None."""
-    options, seen = counts if isinstance(counts, tuple) else None, set()
-    for number, row in enumerate(rows, 1):
-        name = row.get("id") if isinstance(row, dict) else None
-        if not isinstance(name, str) or name in seen:
-            return f"line {number}: the item has no id of its own"
-        seen.add(name)
-        answers = row.get("choices") if options else [row.get("gold")]
-        texts = [row.get("prompt"), *(answers if isinstance(answers, list) else [None])]
-        if not all(isinstance(text, str) and text.strip() for text in texts):
-            return f"item {name}: a text is empty or missing"
-        if options and (len(answers) != len(options) or len(set(answers)) < len(answers)):
-            return f"item {name}: wanted {len(options)} different options, got {answers}"
-        if options and (
-            type(row.get("label")) is not int or row["label"] not in range(len(options))
-        ):
-            return f"item {name}: label {row.get('label')!r} is none of {len(options)} options"
-    labels = Counter(row.get("label") for row in rows)
-    found = tuple(labels[i] for i in range(len(options))) if options else len(rows)
-    return None if found == counts else f"number of items (by label): {found} instead of {counts}"
 
 
 # ------------------------------------------------------------------------------------ sources
@@ -162,7 +145,7 @@ def _gsm8k():
 
 def _mtbench():
     """First turns of the questions that have a GPT-4 reference answer, and that answer."""
-    config = Data(source="nano", ood_rows=COUNTS["mtbench"])
+    config = Data(source="nano", ood_rows=MTBENCH_REFERENCES)
     files = sources.source_files(config)
     rows = sources.mtbench_rows(files["mtbench_questions"], files["mtbench_references"], config)
     texts = [(row["id"], f"Question: {row['prompt']}\nAnswer:", row["response"]) for row in rows]

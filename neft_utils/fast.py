@@ -175,12 +175,12 @@ def per_document_attention(module, query, key, value, attention_mask, cu_seq_len
     if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
         from torch.nn.attention.varlen import varlen_attn
 
-        longest = kwargs["max_length_q"]
+        longest, offsets = kwargs["max_length_q"], cu_seq_lens_q.int()
+        # Keys and values once for every query head: not every torch takes groups here.
+        groups = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
         rows = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
         options = {"window_size": (-1, 0), "scale": scale}
-        if key.shape[1] != query.shape[1]:
-            options["enable_gqa"] = True
-        offsets = cu_seq_lens_q.int()
         out = varlen_attn(*rows, offsets, offsets, longest, longest, **options)
         return out[None], None
     dtype, lengths = query.dtype, cu_seq_lens_q.diff().tolist()
