@@ -6,6 +6,8 @@ would punish stopping in every arm, and length is what we measure. Padding: it w
 an answer depend on its neighbours in the batch.
 """
 
+import math
+
 import torch
 from transformers import Cache, LogitsProcessor
 from transformers.cache_utils import DynamicLayer
@@ -87,8 +89,9 @@ def answer(
     encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     out = [None] * len(encoded)
-    for begin in range(0, len(order), batch_size):
-        chosen = order[begin : begin + batch_size]
+    size = math.ceil(len(order) / max(1, math.ceil(len(order) / batch_size)))  # even batches
+    for begin in range(0, len(order), size or 1):
+        chosen = order[begin : begin + size]
         limits = min_new_tokens, max_new_tokens
         new = _decode(model, [encoded[i] for i in chosen], limits, penalty, stops, tokenizer)
         for i, tokens in zip(chosen, new, strict=True):

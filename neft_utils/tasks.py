@@ -153,12 +153,14 @@ def collect_answers(answers, profile, arm, seed, paths, test):
 def secondary(model, tokenizer, answers, profile, train, test, say):
     """{file name: DataFrame} of the measures that only some runs get, where asked for."""
     settings, out, items = profile.evaluate, {}, []
-    prompts = {row["id"]: row["prompt"] for row in train}
-    answers.ask(train=_first(prompts, settings.train_answer_prompts))
+    prompts = _first({row["id"]: row["prompt"] for row in train}, settings.train_answer_prompts)
+    composed = []
     if settings.verifiable_per_family:
         composed = verifiable.compose(test, settings.verifiable_per_family)
-        texts = answers.ask(verifiable={one["item_id"]: one["prompt"] for one in composed})
-        items.append(verifiable.check(composed, list(texts.values())))
+    instructions = {one["item_id"]: one["prompt"] for one in composed}
+    texts = answers.ask(train=prompts, verifiable=instructions)
+    if composed:
+        items.append(verifiable.check(composed, [texts[key] for key in instructions]))
     if settings.benchmarks:
         items.append(
             benchmarks.score(
