@@ -13,6 +13,8 @@ SCORES = [str(PATHS.run(arm, seed) / "scores.json") for arm, seed in [(BASE, 0),
 ITEMS = ["losses.csv", "generations.jsonl", "task_items.csv", "perturbed_losses.csv",
          "stopping.csv", "preferences.csv", "scores.json"]
 MEMORY = int(PROFILE.memory_gb * 1000)
+# Of steps that load no model of the profile. Each asks, or Slurm lends a whole node's memory.
+LIGHT = min(MEMORY, 4000)
 GPUS = 1 if PROFILE.device == "cuda" else 0
 THREADS = 4 if GPUS else 1  # beside a GPU for the loading of data; on a CPU one core is one run's
 
@@ -58,6 +60,7 @@ rule all:
 rule start:
     output: f"{R}/notebooks/00_start_here.ipynb",
     params: key=key(0),
+    resources: mem_mb=LIGHT,
     shell: command(0)
 
 
@@ -72,6 +75,7 @@ rule noise:
     input: f"{P}/manifest.json",
     output: f"{R}/noise_check.json", f"{R}/notebooks/02_noisy_embeddings.ipynb",
     params: key=key(2),
+    resources: mem_mb=MEMORY,
     shell: command(2)
 
 
@@ -117,6 +121,7 @@ ruleorder: evaluate_base > evaluate
 rule published:
     output: f"{R}/published/leaderboard.csv", f"{R}/notebooks/06_published_results_revisited.ipynb",
     params: key=key(6),
+    resources: mem_mb=LIGHT,
     shell: command(6)
 
 
@@ -126,12 +131,14 @@ rule compare:
         f"{R}/tables/claims.md",
         f"{R}/notebooks/05_compare_and_plot.ipynb",
     params: key=key(5),
+    resources: mem_mb=LIGHT,
     shell: command(5)
 
 
 rule reuse:
     output: f"{R}/notebooks/07_reuse_in_your_notebook.ipynb",
     params: key=key(7),
+    resources: mem_mb=LIGHT,
     shell: command(7)
 
 

@@ -5,19 +5,24 @@ own. Everything listens on the loopback address and lives in a folder that goes 
 /etc/slurm/slurm.conf: the executor's job steps find no other place.
 """
 
+import contextlib
 import io
+import json
 import os
 import shutil
 import socket
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
-from test_chain import copy_of_the_repository, files_of, neft
+from test_chain import copy_of_the_repository, files_of, mine, neft
 
+MARK = {"NEFT_TEST_SLURM": str(os.getpid())}  # in the environment of all that a run here starts
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "scontrol")
 SETTLED = Path("/etc/slurm/slurm.conf")
 # Without accounting the executor must ask squeue, and need not wait for a database.
@@ -30,13 +35,16 @@ pytestmark = [
     ),
     pytest.mark.skipif(SETTLED.exists(), reason="this machine has a Slurm of its own"),
 ]
+# A requeued job waits as long as credentials live (120 s by default); finished jobs stay listed
+# (MinJobAge) until the test has read them. proctrack/linuxproc loses the Snakemake of a cancelled
+# job, whose shell dies first; proctrack/cgroup is for clusters.
 CONFIG = """
 ClusterName=one
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 SlurmdPort={ports[1]}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=10
 CryptoType=crypto/munge
 SlurmUser=root
 StateSaveLocation={folder}/state
@@ -45,14 +53,14 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd.log
-ProctrackType=proctrack/linuxproc
+ProctrackType=proctrack/pgid
 TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 MpiDefault=none
-MinJobAge=300
+MinJobAge=3600
 ReturnToService=2
 NodeName={host} NodeAddr=127.0.0.1 CPUs={cores} RealMemory={memory} State=UNKNOWN
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
@@ -106,6 +114,7 @@ def cluster():
         assert state == "idle", f"{state} {done.stderr}\n{logs}"
         yield
     finally:
+        end_all_jobs()
         for daemon in reversed(daemons):
             daemon.terminate()
         for daemon in daemons:
@@ -114,53 +123,99 @@ def cluster():
         SETTLED.unlink()
 
 
-def running():
-    """Ids of the jobs that run now."""
-    asked = ["squeue", "-h", "-t", "R", "-o", "%i"]
-    return subprocess.run(asked, capture_output=True, text=True).stdout.split()
+def asked(*arguments):
+    """Lines of squeue; none where it does not answer."""
+    done = subprocess.run(["squeue", "-h", *arguments], capture_output=True, text=True)
+    return done.stdout.splitlines()
 
 
-def on_slurm(folder):
-    """`make reproduce PROFILE=nano ENGINE=slurm` in that copy; returns the process."""
-    arguments = ["reproduce", "--profile", "nano", "--engine", "slurm"]
+def end_all_jobs():
+    """A slurmd that ends leaves its jobs running, and an interrupted test its Snakemake."""
+    deadline, left = time.monotonic() + 30, True
+    while left and time.monotonic() < deadline:
+        subprocess.run(["scancel", "--user=root"], capture_output=True)
+        left = asked()
+        for process in psutil.process_iter(["environ"]):
+            if MARK.items() <= (process.info["environ"] or {}).items():
+                left.append(process)
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+        time.sleep(0.5)
+
+
+def on_slurm(folder, profile="nano"):
+    """`make reproduce PROFILE=... ENGINE=slurm` in that copy; returns the process."""
+    arguments = ["reproduce", "--profile", profile, "--engine", "slurm"]
     arguments.append(f"--engine-options={OPTIONS}")
-    return neft(folder, *arguments, timeout=900)
+    return neft(folder, *arguments, timeout=600, **MARK)
+
+
+def trains(partial):
+    """Whether the cell that trains runs in that copy of notebook 03, which papermill writes."""
+    try:
+        cells = json.loads(partial.read_text("utf-8"))["cells"]
+    except (OSError, ValueError):  # gone by now, or half written
+        return False
+    for cell in cells:
+        if "".join(cell["source"]).startswith("run = finetune("):
+            return cell["metadata"]["papermill"]["status"] == "running"
+    return False
+
+
+def disturb(act, run, notebooks, stop):
+    """Do that to the job of a run as soon as it trains; returns the job's id, or None."""
+    while not any(map(trains, notebooks.glob(f".03_finetune_qlora__{run}.*.ipynb"))):
+        if stop.wait(0.2):
+            return None
+    name = f"rule_finetune_wildcards_{run.replace('-s', '_')}"
+    (job,) = (
+        line.split()[0] for line in asked("-t", "R", "-o", "%i %k") if line.split()[1] == name
+    )
+    subprocess.run([*act, job], check=True, capture_output=True)
+    return job
 
 
 def test_a_cancelled_and_a_requeued_job_cost_themselves_alone(cluster, tmp_path):
     here, there = (copy_of_the_repository(tmp_path / name) for name in ("here", "there"))
-    local = neft(here, "reproduce", "--profile", "nano")
+    profile = mine(tmp_path, seeds=[0])
+    local = neft(here, "reproduce", "--profile", profile)
     assert local.returncode == 0, local.stdout + local.stderr
-    disturbed = []
-
-    def disturb():
-        """Cancel a job that trains, then requeue another."""
-        runs = there / "results" / "local" / "nano" / "notebooks"
-        for act in (["scancel"], ["scontrol", "requeue"]):
-            while not list(runs.glob(".03_*")) or not (jobs := running()):
-                if disturbed and disturbed[-1] == "over":
-                    return
-                time.sleep(0.2)
-            time.sleep(2)
-            jobs = running() or jobs
-            done = subprocess.run([*act, jobs[0]], capture_output=True, text=True)
-            disturbed.append((act[-1], jobs[0], done.returncode))
-            time.sleep(8)
-
-    thread = threading.Thread(target=disturb, daemon=True)
-    thread.start()
-    done = on_slurm(there)
-    acts = list(disturbed)
-    disturbed.append("over")
+    places = [folder / "results" / "local" / "mine" for folder in (here, there)]
+    acts = {"baseline-s0": ["scancel"], "neft_a15-s0": ["scontrol", "requeue"]}
+    stop = threading.Event()
+    with ThreadPoolExecutor() as pool:
+        hits = [
+            pool.submit(disturb, act, run, places[1] / "notebooks", stop)
+            for run, act in acts.items()
+        ]
+        try:
+            done = on_slurm(there, profile)
+        finally:
+            stop.set()
+    cancelled, requeued = (hit.result() for hit in hits)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [act for act, _, code in acts if code == 0] == ["scancel", "requeue"]
-    places = [folder / "results" / "local" / "nano" for folder in (here, there)]
-    assert files_of(places[0] / "runs") == files_of(places[1] / "runs")
+    assert cancelled and requeued
+    fields = "JobID:20,State:20,RestartCnt:20,Comment:90"
+    jobs = pd.DataFrame(
+        [line.split() for line in asked("-t", "all", "-O", fields)],
+        columns=["job", "state", "restarts", "step"],
+    ).set_index("job")
+    assert jobs.state[cancelled] == "CANCELLED"
+    assert set(jobs.state.drop(cancelled)) == {"COMPLETED"}
+    assert jobs.restarts[requeued] == "1" and set(jobs.restarts.drop(requeued)) == {"0"}
+    again = jobs.step[jobs.step.duplicated(keep=False)]  # submitted more than once
+    assert cancelled in again.index and len(again) == 2
+    runs = [place / "runs" for place in places]
+    assert files_of(runs[0]) == files_of(runs[1])
+    items = [path.relative_to(runs[0]) for path in runs[0].glob("*/*.csv")]
+    for path in items:
+        if path.name != "train_log.csv":  # which tells the time
+            assert (runs[0] / path).read_bytes() == (runs[1] / path).read_bytes(), path
     tables = [(place / "tables" / "by_seed.csv").read_text("utf-8") for place in places]
     timed = ["train_seconds", "answer_seconds"]
     tables = [pd.read_csv(io.StringIO(text)).drop(columns=timed) for text in tables]
     pd.testing.assert_frame_equal(*tables)
-    again = on_slurm(there)
+    again = on_slurm(there, profile)
     assert again.returncode == 0 and "nothing to do" in again.stdout
 
 
