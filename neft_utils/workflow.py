@@ -92,6 +92,7 @@ def write_notebook(path, notebook):
 def execute(profile, reference, paths, step, arm=None, seed=None):
     """Run one notebook in a fresh kernel; its executed copy appears only when it is whole."""
     import papermill
+    from traitlets.config import Config
 
     logging.getLogger("papermill").setLevel(logging.ERROR)  # else a line per cell
     # Libraries' warnings that no reader can act on, each with this machine's path.
@@ -121,6 +122,8 @@ def execute(profile, reference, paths, step, arm=None, seed=None):
             parameters,
             cwd=str(NOTEBOOKS),
             kernel_name="python3",
+            # Sockets in files: of kernels that start at once, two may choose one free port.
+            config=Config({"KernelManager": {"transport": "ipc"}}),
             progress_bar=False,
             log_output=False,
         )
