@@ -18,6 +18,7 @@ from neft_utils.published import FACTS, paper_results
 from neft_utils.results import (
     METRICS,
     by_seed,
+    caveats,
     contrast,
     contrasts,
     digits_of,
@@ -225,7 +226,8 @@ def write_tables(profile, runs, paths):
     frames["plan"] = plan
     for name, frame in frames.items():
         provenance.write_csv(paths.tables / f"{name}.csv", frame)
-    provenance.atomic_write_text(paths.tables / "main.md", main_markdown(main))
-    provenance.atomic_write_text(paths.tables / "claims.md", claims_markdown(rows))
+    notes = "".join(f"\n{one}\n" for one in caveats(profile, runs))
+    provenance.atomic_write_text(paths.tables / "main.md", main_markdown(main) + notes)
+    provenance.atomic_write_text(paths.tables / "claims.md", claims_markdown(rows) + notes)
     provenance.write_json(paths.results / "claims.json", rows)
     return {**frames, "claims": rows}

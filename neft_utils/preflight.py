@@ -35,9 +35,14 @@ def check(profile, here=True):
     return found
 
 
+def pins():
+    """{package: version} of requirements.txt."""
+    return dict(re.findall(r"^([\w.-]+)==([\w.]+)", PINS.read_text("utf-8"), re.M))
+
+
 def _packages():
     wrong = []
-    for name, version in re.findall(r"^([\w.-]+)==([\w.]+)", PINS.read_text("utf-8"), re.M):
+    for name, version in pins().items():
         try:
             installed = importlib.metadata.version(name).split("+")[0]
         except importlib.metadata.PackageNotFoundError:

@@ -14,6 +14,7 @@ import pandas as pd
 from neft_utils import length_control, stats
 from neft_utils.config import BASE, LEADERBOARD, REFERENCE, ConfigError, Paths, load_profile
 from neft_utils.expected import EVIDENCE
+from neft_utils.preflight import pins
 from neft_utils.provenance import read_json
 from neft_utils.sources import read_jsonl
 
@@ -154,6 +155,32 @@ def _rise(perturbed, kind):
         return None
     means = perturbed.groupby(["kind", "example_id"]).nll.mean()
     return means[kind] - means["none"]
+
+
+def missing_runs(profile, runs):
+    """Names of the profile's runs, the untrained model's included, that are not among `runs`."""
+    return [f"{a}-s{s}" for a, s in [(BASE, 0), *profile.runs()] if (a, s) not in runs]
+
+
+def caveats(profile, runs):
+    """What every table of these runs must say of itself, a sentence each; empty for whole runs
+    with the pinned packages."""
+    out = []
+    if lost := missing_runs(profile, runs):
+        out.append(
+            f"Not complete: without {', '.join(lost)} of {len(profile.runs()) + 1} runs; arms are"
+            " compared on the seeds that both have."
+        )
+    wanted = pins()
+    other = {
+        f"{name} {version} (pinned: {wanted[name]})"
+        for run in runs.values()
+        for name, version in run["provenance"]["versions"].items()
+        if version is not None and version.split("+")[0] != wanted.get(name, version)
+    }
+    if other:
+        out.append(f"Other versions than the pinned ones: {', '.join(sorted(other))}.")
+    return out
 
 
 def by_seed(runs, decoding):

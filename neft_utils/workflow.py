@@ -7,11 +7,13 @@ log into a line per finished step.
 import importlib.util
 import json
 import logging
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -77,9 +79,11 @@ def estimate(profile, paths):
 
 
 def workers(profile, cores=None):
-    """How many runs go side by side: one a core, as memory allows; one on a GPU."""
+    """How many runs go side by side: one a core, as memory allows; on a GPU one, or as asked."""
     if profile.device == "cuda":
-        return 1
+        sizes = [size for _, size in preflight.gpus()]
+        room = max(sizes) // max(profile.gpu_memory_gb, 1) if sizes else math.inf
+        return int(max(1, min(cores or 1, room)))
     return max(1, min(cores or preflight.cores(), int(preflight.memory_gb() // profile.memory_gb)))
 
 
@@ -116,17 +120,19 @@ def execute(profile, reference, paths, step, arm=None, seed=None):
     partial = target.with_name(f".{target.stem}.{os.getpid()}.ipynb")
     label = target.stem
     try:
-        papermill.execute_notebook(
-            str(source),
-            str(partial),
-            parameters,
-            cwd=str(NOTEBOOKS),
-            kernel_name="python3",
-            # Sockets in files: of kernels that start at once, two may choose one free port.
-            config=Config({"KernelManager": {"transport": "ipc"}}),
-            progress_bar=False,
-            log_output=False,
-        )
+        # Sockets in a folder of its own: of kernels that start at once, two may find one free port.
+        with tempfile.TemporaryDirectory(prefix="neft-") as sockets:
+            connection = {"transport": "ipc", "ip": f"{sockets}/kernel"}
+            papermill.execute_notebook(
+                str(source),
+                str(partial),
+                parameters,
+                cwd=str(NOTEBOOKS),
+                kernel_name="python3",
+                config=Config({"KernelManager": connection}),
+                progress_bar=False,
+                log_output=False,
+            )
         text = json.loads(partial.read_text("utf-8"))
         # papermill notes this machine's paths: results shall not carry them.
         text["metadata"]["papermill"] = {
@@ -204,6 +210,8 @@ def run_all(profile, reference, paths, count, lock, engine="local", options=()):
     if profile.device == "cpu":  # two threads of one run fight as soon as anything else runs
         environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         environment |= ONEDNN
+    elif engine == "local":
+        environment["OMP_NUM_THREADS"] = str(max(1, preflight.cores() // count))
     command = [
         sys.executable,
         "-m",
@@ -222,6 +230,8 @@ def run_all(profile, reference, paths, count, lock, engine="local", options=()):
         "--config",
         f"profile={reference}",
         f"out={paths.out}",
+        # Cores of a cluster's node beside a GPU, for the loading of data.
+        f"threads={4 if profile.device == 'cuda' and engine != 'local' else 1}",
     ]
     log = paths.results / "snakemake.log"
     began, started = time.time(), time.monotonic()
