@@ -22,7 +22,7 @@ help:  ## print this list
 env: .venv/installed  ## create .venv with the pinned packages
 
 plan: env  ## print steps, sizes and estimates of PROFILE without running
-	@$(NEFT) plan $(WITH)
+	@$(NEFT) plan $(WITH) $(if $(CORES),--cores $(CORES))
 
 check: env  ## look at machine, model and rows of PROFILE before a run
 	@$(NEFT) check $(WITH)
@@ -45,8 +45,8 @@ bench: env  ## time training and answering beside plain TRL (idle machine, a qua
 bench-gpu: env  ## time a 7B-shaped QLoRA on one GPU beside plain TRL (random weights)
 	@$(NEFT) bench-gpu
 
-promote: env  ## copy a complete run at a clean commit to results/reference
-	@$(NEFT) promote $(WITH)
+promote: env  ## copy a complete run at a clean commit to results/reference (PARTIAL=yes: what is whole, to results/partial)
+	@$(NEFT) promote $(WITH) $(if $(PARTIAL),--partial)
 
 report: env  ## a static HTML site of the results, index.html and a page a notebook
 	@$(NEFT) report $(WITH)

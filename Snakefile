@@ -16,7 +16,7 @@ MEMORY = int(PROFILE.memory_gb * 1000)
 # Of steps that load no model of the profile. Each asks, or Slurm lends a whole node's memory.
 LIGHT = min(MEMORY, 4000)
 GPUS = 1 if PROFILE.device == "cuda" else 0
-THREADS = int(config.get("threads", 1))  # a CPU run's one; see neft_utils.workflow
+THREADS = int(config.get("threads", 1))  # of a job; neft_utils.workflow says why
 
 
 def command(step, run=""):

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from neft_utils import preflight, provenance
 from neft_utils.config import (
-    BASE,
     NOTEBOOKS,
     REFERENCE,
     STEPS,
@@ -24,7 +23,6 @@ from neft_utils.config import (
     Paths,
     load_profile,
 )
-from neft_utils.keys import step_key
 from neft_utils.provenance import ROOT
 from neft_utils.workflow import (
     check_engine,
@@ -68,7 +66,8 @@ def _parser():
         sub.add_argument("--out", default="results/local", help="folder for results")
         return sub
 
-    command("plan", plan, "print steps, sizes and estimates; run nothing")
+    sub = command("plan", plan, "print steps, sizes and estimates; run nothing")
+    sub.add_argument("--cores", type=int, default=None, help="runs side by side")
     command("check", check, "look at machine, model and rows of a profile; run nothing")
     sub = command("notebook", notebook, "execute one notebook with papermill")
     sub.add_argument("step", type=int, choices=sorted(STEPS))
@@ -79,7 +78,8 @@ def _parser():
     sub.add_argument("--engine", default="local", help="local, or a Snakemake executor: slurm")
     sub.add_argument("--engine-options", default="", help="more arguments of Snakemake's")
     command("figures", figures, "re-execute 00, 02, 06 and 05 from stored results")
-    command("promote", promote, "copy a complete, clean run to results/reference")
+    sub = command("promote", promote_results, "copy complete, clean results to results/reference")
+    sub.add_argument("--partial", action="store_true", help="what is whole, to results/partial")
     command("compare", compare, "hold local results against the reference")
     sub = command("bench", bench, "time ours beside plain TRL, to results/local/bench.json")
     sub.add_argument("--steps", type=int, default=6, help="optimiser steps a row, first not timed")
@@ -110,7 +110,7 @@ def _profile(arguments):
 
 def plan(arguments):
     profile, _, paths = _profile(arguments)
-    side_by_side = workers(profile)
+    side_by_side = workers(profile, arguments.cores)
     print(f"profile {profile.name}: {' '.join(profile.description.split())}")
     print(
         f"model {profile.model.source} ({profile.model.base_weights}), data {profile.data.source},"
@@ -195,16 +195,19 @@ def reproduce(arguments):
 def figures(arguments):
     """Figures and tables again, from local results or, without any, from the reference."""
     profile, reference, paths = _profile(arguments)
-    stored = Paths(profile.name, REFERENCE)
     if not (paths.results / "runs").is_dir():
-        if not (stored.results / "runs").is_dir():
+        from neft_utils.promotion import PARTIAL
+
+        kept = [Paths(profile.name, folder) for folder in (REFERENCE, PARTIAL)]
+        stored = next((one for one in kept if (one.results / "runs").is_dir()), None)
+        if stored is None:
             raise ConfigError(f"no stored results of {profile.name}: run make reproduce first")
-        partial = paths.results.with_name(f".{paths.results.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(stored.results, partial)
+        staged = paths.results.with_name(f".{paths.results.name}.staged")
+        shutil.rmtree(staged, ignore_errors=True)
+        shutil.copytree(stored.results, staged)
         shutil.rmtree(paths.results, ignore_errors=True)
-        partial.rename(paths.results)
-        print(f"no local runs of {profile.name}: these are the numbers of {REFERENCE}")
+        staged.rename(paths.results)
+        print(f"no local runs of {profile.name}: these are the numbers of {stored.out}")
     for step in FIGURE_STEPS:
         if step == 0 and profile.device == "cuda" and not preflight.gpus():
             print("00_start_here left out: it looks at the machine, and needs the profile's GPU")
@@ -214,81 +217,14 @@ def figures(arguments):
     print(f"figures in {os.path.relpath(paths.figures, ROOT)}")
 
 
-def promote(arguments):
-    """Copy local results to the reference: whole, from one clean commit, current code."""
+def promote_results(arguments):
+    """Put local results under version control, and what the README shows of them."""
+    from neft_utils.promotion import promote
     from neft_utils.summary import update_readme
 
     profile, _, paths = _profile(arguments)
-    state = provenance.git_state()
-    if state["commit"] is None or state["dirty"]:
-        raise ConfigError("promote needs a clean commit: commit or undo your changes first")
-    commits, runs = set(), [(BASE, 0), *profile.runs()]
-    for arm, seed in runs:
-        run = paths.run(arm, seed)
-        if not (run / "scores.json").exists() or not (run / "provenance.json").exists():
-            raise ConfigError(f"run {arm}-s{seed} is not complete: run make reproduce first")
-        about = json.loads((run / "provenance.json").read_text("utf-8"))
-        scored = json.loads((run / "scores.json").read_text("utf-8"))["provenance"]
-        for one in (about, scored):
-            if one["dirty"]:
-                raise ConfigError(f"run {arm}-s{seed} ran with uncommitted changes: run it again")
-            commits.add(one["commit"])
-        keys = {4: scored["step_key"]}
-        if arm != BASE:
-            keys[3] = json.loads((run / "config.json").read_text("utf-8"))["step_key"]
-        if any(found != step_key(profile, step, arm, seed) for step, found in keys.items()):
-            raise ConfigError(f"run {arm}-s{seed} is older than the code: run make reproduce")
-    if len(commits) > 1:
-        raise ConfigError(f"runs come from {len(commits)} commits: delete the older ones")
-    if not (paths.results / "claims.json").exists():
-        raise ConfigError("no claims.json: run make reproduce first")
-    target = Paths(profile.name, REFERENCE).results
-    new, old = (target.with_name(f".{target.name}.{word}") for word in ("new", "old"))
-    shutil.rmtree(new, ignore_errors=True)
-    keep_out = shutil.ignore_patterns(
-        "adapter", "model", "trainer", "report", "*.log", ".*", "*.failed.ipynb"
-    )
-    shutil.copytree(paths.results, new, ignore=keep_out)
-    for run in (new / "runs").iterdir():  # of an earlier version of the profile
-        if run.name not in {f"{arm}-s{seed}" for arm, seed in runs}:
-            shutil.rmtree(run)
-    _promote_bench(profile, paths, target, new)
-    for path in new.glob("notebooks/*.ipynb"):
-        _make_public(path)
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    new.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    print(promote(profile, paths, arguments.partial))
     update_readme()
-    print(
-        f"promoted {len(runs)} runs of {commits.pop()[:12]} to"
-        f" {os.path.relpath(target, ROOT)}: commit it"
-    )
-
-
-def _make_public(path):
-    """Take rows of the dataset and this machine's paths out of an executed notebook.
-
-    Cells tagged shows-data print rows, which may not be published; warnings name files by their
-    full path.
-    """
-    copy = json.loads(path.read_text("utf-8").replace(f"{ROOT}{os.sep}", ""))
-    note = "rows of the dataset: run this notebook to see them, they are not published\n"
-    for cell in copy["cells"]:
-        if "shows-data" in cell["metadata"].get("tags", []):
-            cell["outputs"] = [{"name": "stdout", "output_type": "stream", "text": [note]}]
-    write_notebook(path, copy)
-
-
-def _promote_bench(profile, paths, target, new):
-    """Take bench.json along if `make bench` ran for this profile at a clean commit, else keep the
-    one that was promoted before."""
-    for measured in (ROOT / paths.out / "bench.json", target / "bench.json"):
-        found = provenance.read_json(measured)
-        if found and found["profile"] == profile.name and not found["dirty"]:
-            shutil.copy(measured, new / "bench.json")
-            return
 
 
 def compare(arguments):

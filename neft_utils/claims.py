@@ -57,7 +57,7 @@ def arms_of(pair, profile):
     treatment, control = _confirmatory(profile)
     noisy = {n: a for n, a in profile.arms.items() if a.noise_alpha > 0}
     plain = [n for n, a in profile.arms.items() if a.noise_alpha == 0 and n != control]
-    whole = [n for n, a in noisy.items() if a.data_fraction == 1 and _only_alpha(a)]
+    whole = [n for n, a in noisy.items() if a.data_fraction == 1 and only_alpha(a)]
     if pair in ("confirmatory", "equal_length"):
         return treatment, [control]
     if pair == "low_data":
@@ -84,7 +84,8 @@ def _confirmatory(profile):
     return profile.confirmatory.treatment, profile.confirmatory.control
 
 
-def _only_alpha(arm):
+def only_alpha(arm):
+    """Whether an arm's noise is the paper's, and its recipe the profile's."""
     changed = (arm.learning_rate, arm.epochs, arm.batch_size, arm.lora_rank, arm.lora_dropout)
     usual = (arm.distribution, arm.length, arm.where) == ("uniform", "sequence", "all")
     return usual and arm.weight_decay is None and all(one is None for one in changed)

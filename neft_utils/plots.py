@@ -138,7 +138,7 @@ def learning_curves(runs, controls, control, title):
         left.plot([], [], "o-", color=colour_of(arm, arms, control), label=arm)
     right.axhline(0, color=BASELINE, linewidth=1)
     left.set(ylabel="validation NLL, noise off (nats/token)")
-    right.set(ylabel="difference from the arm's control, same seed")
+    right.set(ylabel="NLL minus control, same seed")
     for axis in (left, right):
         axis.set(xlabel="epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))

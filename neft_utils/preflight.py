@@ -16,6 +16,7 @@ from neft_utils.config import ConfigError
 from neft_utils.provenance import ROOT, pinned_packages
 
 LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container, bytes or "max"
+PYTHON = "3.11"  # what the pins are for
 PINS = Path(__file__).resolve().parent.parent / "requirements.txt"
 
 

@@ -14,7 +14,7 @@ import pandas as pd
 from neft_utils import length_control, stats
 from neft_utils.config import BASE, LEADERBOARD, REFERENCE, ConfigError, Paths, load_profile
 from neft_utils.expected import EVIDENCE
-from neft_utils.preflight import pins
+from neft_utils.preflight import PYTHON, pins
 from neft_utils.provenance import read_json
 from neft_utils.sources import read_jsonl
 
@@ -163,13 +163,14 @@ def missing_runs(profile, runs):
 
 
 def caveats(profile, runs):
-    """What every table of these runs must say of itself, a sentence each; empty for whole runs
-    with the pinned packages."""
+    """What every table of these runs must say of itself, a sentence each: which runs are missing,
+    and which of the packages that provenance records were not the pinned ones."""
     out = []
     if lost := missing_runs(profile, runs):
         out.append(
-            f"Not complete: without {', '.join(lost)} of {len(profile.runs()) + 1} runs; arms are"
-            " compared on the seeds that both have."
+            f"Not complete: {len(lost)} of {len(profile.runs()) + 1} runs are missing,"
+            f" {', '.join(lost)}. Arms are compared on the seeds that both have, so a contrast is"
+            " not the difference of two arms' means."
         )
     wanted = pins()
     other = {
@@ -177,6 +178,11 @@ def caveats(profile, runs):
         for run in runs.values()
         for name, version in run["provenance"]["versions"].items()
         if version is not None and version.split("+")[0] != wanted.get(name, version)
+    }
+    other |= {
+        f"Python {run['provenance']['python']} (pinned: {PYTHON})"
+        for run in runs.values()
+        if not run["provenance"]["python"].startswith(f"{PYTHON}.")
     }
     if other:
         out.append(f"Other versions than the pinned ones: {', '.join(sorted(other))}.")

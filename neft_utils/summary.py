@@ -14,11 +14,13 @@ import pandas as pd
 
 from neft_utils import published
 from neft_utils.bench import table as speed_table
-from neft_utils.config import BASE, NOTEBOOKS, REFERENCE, STEPS, Paths, load_profile
+from neft_utils.claims import only_alpha
+from neft_utils.config import BASE, NOTEBOOKS, REFERENCE, STEPS, ConfigError, Paths, load_profile
 from neft_utils.expected import duration, how_long, notebook_seconds
 from neft_utils.pages import claim_of
+from neft_utils.promotion import PARTIAL
 from neft_utils.provenance import ROOT, atomic_write_text, read_json
-from neft_utils.results import digits_of, show
+from neft_utils.results import caveats, digits_of, load_runs, show
 
 README = ROOT / "README.md"
 BLOCK = re.compile(r"(<!-- (\w+):([\w-]+) -->\n)(.*?)(<!-- /\2 -->)", re.S)
@@ -38,7 +40,7 @@ def headline(folder):
         (f"{board}; win rate, %", *_sides(pair["raw"][:2], 1, *raw)),
         ("… the same, length-controlled, %", *_sides(pair["length_controlled"][:2], 1)),
     ]
-    claims, main = _claims(folder), pd.read_csv(folder / "tables/main.csv").set_index("arm")
+    claims, seeds = _claims(folder), pd.read_csv(folder / "tables/by_seed.csv")
     first = claims["confirmatory"]
     treatment, control = first["contrast"].split(" - ")
     contrasts = pd.read_csv(folder / "tables/contrasts.csv")
@@ -50,7 +52,8 @@ def headline(folder):
         ("longer_answers", "… length of the answers, "),
     ):
         row = claims[name]
-        sides = main.loc[[control, treatment], row["metric"]].tolist()
+        wide = seeds.pivot(index="seed", columns="arm", values=row["metric"])
+        sides = wide[[control, treatment]].dropna().mean().tolist()  # of the pairs
         numbers = (row["estimate"], row["ci_low"], row["ci_high"])
         cells = _sides(sides, digits_of(row["unit"]), *numbers)
         rows.append((text + row["unit"], *cells[:2], f"{cells[2]}, {row['verdict']}"))
@@ -132,7 +135,9 @@ def length(folder):
 def cost(folder):
     """What noise costs in code, time and memory, and what one run of this profile takes."""
     claims = _claims(folder)
-    measured = (read_json(path) for path in (folder / "bench.json", _reference("cpu/bench.json")))
+    measured = (
+        read_json(path) for path in (folder / "bench.json", ROOT / REFERENCE / "cpu/bench.json")
+    )
     bench = next((one for one in measured if one), None)
     about = [read_json(path) for path in folder.glob("runs/*/provenance.json")]
     trained = [one for one in about if one["arm"] != BASE]
@@ -183,6 +188,42 @@ def evidence(folder):
 """
 
 
+def curve(folder):
+    """The confirmatory answer and the held-out loss by size of the noise, with what is missing."""
+    profile, runs = load_profile(folder.name), load_runs(folder / "runs")
+    claims, contrasts = _claims(folder), pd.read_csv(folder / "tables/contrasts.csv")
+    found = {row.treatment: row for row in contrasts.query("metric == 'test_nll'").itertuples()}
+    one, longer = found.get(profile.confirmatory.treatment), claims["longer_answers"]
+    device = sorted({run["provenance"]["device"] for run in runs.values()})
+    text = f"On {' and '.join(device)}, {profile.data.train_rows:,} training rows a seed"
+    if one is None:
+        return f"{text}: no pair of runs is complete.\n"
+    text += (
+        f", {one.n_seeds:.0f} seed pairs and {one.n_examples:.0f} test rows: held-out loss, with"
+        f" noise minus without, {_estimate(claims['confirmatory'])},"
+        f" **{claims['confirmatory']['verdict']}**. Length of the answers: {_estimate(longer)},"
+        f" *{longer['verdict']}*."
+    )
+    lines = [textwrap.fill(text, 96), ""]
+    heads = "α | noise RMS / embedding RMS | runs | pairs | test loss minus control, nats/token"
+    lines += [f"| {heads} |", "|---" * 5 + "|"]
+    noisy = {arm: change for arm, change in profile.arms.items() if change.noise_alpha}
+    for arm, change in sorted(noisy.items(), key=lambda item: item[1].noise_alpha):
+        shares = [run["noise"]["relative_rms"] for (a, _), run in runs.items() if a == arm]
+        if not shares or not only_alpha(change):
+            continue
+        pairs, number = 0, "–"
+        if arm in found:
+            row = found[arm]
+            pairs, number = row.n_seeds, f"{row.estimate:+.4f}"
+            if math.isfinite(row.ci_low):
+                number += f" [{row.ci_low:+.4f}, {row.ci_high:+.4f}]"
+        cells = (f"{change.noise_alpha:g}", f"{statistics.mean(shares):.2f}", len(shares), pairs)
+        lines.append("| " + " | ".join(map(str, (*cells, number))) + " |")
+    notes = [textwrap.fill(one, 96) + "\n" for one in caveats(profile, runs)]
+    return "\n".join([*lines, "", *notes])
+
+
 def notebooks(folder):
     """Index of the notebooks: title, claim, executed copy in `folder`, and how long it took."""
     paths, treatment = (
@@ -210,7 +251,9 @@ def speed(folder):
     return speed_table(found)
 
 
-BLOCKS = {f.__name__: f for f in (headline, certainty, length, cost, evidence, notebooks, speed)}
+BLOCKS = {
+    f.__name__: f for f in (headline, certainty, length, cost, evidence, curve, notebooks, speed)
+}
 
 
 def update_readme():
@@ -223,7 +266,11 @@ def update_readme():
 
 
 def _reference(name):
-    return ROOT / REFERENCE / name
+    """Stored results of a profile: the reference, or what there is of one."""
+    for folder in (ROOT / REFERENCE / name, ROOT / PARTIAL / name):
+        if (folder / "claims.json").exists():
+            return folder
+    raise ConfigError(f"the README shows results of {name} and none are stored: promote them first")
 
 
 def _claims(folder):

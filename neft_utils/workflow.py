@@ -81,10 +81,11 @@ def estimate(profile, paths):
 def workers(profile, cores=None):
     """How many runs go side by side: one a core, as memory allows; on a GPU one, or as asked."""
     if profile.device == "cuda":
-        sizes = [size for _, size in preflight.gpus()]
-        room = max(sizes) // max(profile.gpu_memory_gb, 1) if sizes else math.inf
-        return int(max(1, min(cores or 1, room)))
-    return max(1, min(cores or preflight.cores(), int(preflight.memory_gb() // profile.memory_gb)))
+        cards, need = preflight.gpus(), profile.gpu_memory_gb
+        # All on the first card; where no card is seen, `make plan` asks for another machine.
+        room = (cards[0][1] // need if need else 1) if cards else math.inf
+        cores = min(cores or 1, room)
+    return int(max(1, min(cores or preflight.cores(), preflight.memory_gb() // profile.memory_gb)))
 
 
 def write_notebook(path, notebook):
@@ -121,7 +122,9 @@ def execute(profile, reference, paths, step, arm=None, seed=None):
     label = target.stem
     try:
         # Sockets in a folder of its own: of kernels that start at once, two may find one free port.
-        with tempfile.TemporaryDirectory(prefix="neft-") as sockets:
+        # A socket's path has 107 characters at most.
+        place = "/tmp" if len(tempfile.gettempdir()) > 80 else None
+        with tempfile.TemporaryDirectory(prefix="neft-", dir=place) as sockets:
             connection = {"transport": "ipc", "ip": f"{sockets}/kernel"}
             papermill.execute_notebook(
                 str(source),
@@ -211,7 +214,7 @@ def run_all(profile, reference, paths, count, lock, engine="local", options=()):
         environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         environment |= ONEDNN
     elif engine == "local":
-        environment["OMP_NUM_THREADS"] = str(max(1, preflight.cores() // count))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, preflight.cores() // count)))
     command = [
         sys.executable,
         "-m",

@@ -5,10 +5,9 @@ import json
 
 import pandas as pd
 import pytest
-from test_train import Places
+from tiny import places, prepare
 
-from neft_utils import alpaca_eval, config, data, tasks
-from neft_utils import model as m
+from neft_utils import alpaca_eval, config, tasks
 from neft_utils.sources import DataError
 
 TEXTS = ["Name a colour.", "Count to three.", "Say hello."]
@@ -33,10 +32,8 @@ def scored(submission, tmp_path):
         nano.evaluate, alpaca_eval_prompts=2, length_arm_prompts=0, stability_rows=0
     )
     profile = dataclasses.replace(nano, evaluate=asked)
-    paths = Places(profile.name, str(tmp_path))
-    object.__setattr__(paths, "folder", tmp_path / "processed")
-    count = m.count_tokens(m.load_tokenizer(profile.model))
-    data.prepare(profile.data, profile.all_seeds(), paths.processed, count)
+    paths = places(profile, tmp_path, tmp_path / "processed")
+    prepare(profile, paths.processed)
     return tasks.evaluate(profile, config.BASE, 0, paths, lambda text: None)
 
 

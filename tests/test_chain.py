@@ -369,3 +369,90 @@ def test_smoke_chain_then_every_notebook_by_hand(tmp_path, monkeypatch):
             kernel_name="python3",
             resources={"metadata": {"path": str(path.parent)}},
         ).execute()
+
+
+def git(folder, *arguments):
+    identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
+    command = ["git", "-C", str(folder), *identity, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.fixture
+def repository(nano, tmp_path):
+    """(A git clone with the finished nano chain, its runs as if of that commit)."""
+    folder = tmp_path / "clone"
+    shutil.copytree(nano[0], folder, symlinks=True)
+    (folder / ".gitignore").write_text((ROOT / ".gitignore").read_text("utf-8"), "utf-8")
+    (folder / "README.md").write_text("no blocks\n", "utf-8")
+    git(folder, "init", "-q")
+    git(folder, "add", "-A")
+    git(folder, "commit", "-q", "-m", "all")
+    runs = folder / "results" / "local" / "nano" / "runs"
+    say_of_runs(runs, commit=git(folder, "rev-parse", "HEAD"), dirty=False)
+    return folder, runs
+
+
+def say_of_runs(runs, **about):
+    for path in runs.glob("*/provenance.json"):
+        path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | about), "utf-8")
+    for path in runs.glob("*/scores.json"):
+        scores = json.loads(path.read_text("utf-8"))
+        path.write_text(json.dumps(scores | {"provenance": scores["provenance"] | about}), "utf-8")
+
+
+def refused(folder, message, *more):
+    done = neft(folder, "promote", "--profile", "nano", *more)
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {message}"), done.stderr
+    assert not (folder / "results" / "reference" / "nano").exists()
+
+
+def test_whole_clean_results_are_promoted_without_weights(repository):
+    folder, runs = repository
+    refused(folder, "no run is missing: promote it without PARTIAL", "--partial")
+    done = neft(folder, "promote", "--profile", "nano")
+    assert done.returncode == 0 and "promoted 5 runs of" in done.stdout, done.stderr
+    stored = folder / "results" / "reference" / "nano"
+    assert {path.name for path in (stored / "runs").iterdir()} == {
+        path.name for path in runs.iterdir()
+    }
+    assert not list(stored.rglob("*.safetensors"))
+    assert (stored / "claims.json").read_bytes() == (runs.parent / "claims.json").read_bytes()
+
+
+def test_a_missing_run_is_never_a_reference_and_partial_results_name_it(repository):
+    folder, runs = repository
+    (runs / "baseline-s1" / "scores.json").unlink()
+    refused(folder, "run baseline-s1 is not complete: run make reproduce first")
+    refused(folder, "the tables are of other runs: run make figures first", "--partial")
+    figures = neft(folder, "figures", "--profile", "nano")
+    assert figures.returncode == 0, figures.stderr
+    done = neft(folder, "promote", "--profile", "nano", "--partial")
+    assert done.returncode == 0 and "without baseline-s1" in done.stdout, done.stderr
+    assert not (folder / "results" / "reference" / "nano").exists()
+    stored = folder / "results" / "partial" / "nano"
+    assert not (stored / "runs" / "baseline-s1").exists()
+    copies = {path.stem.partition("__")[2] for path in (stored / "notebooks").glob("*__*.ipynb")}
+    assert copies == {"base-s0", "baseline-s0", "neft_a15-s0", "neft_a15-s1"}
+    for name in ("main.md", "claims.md"):
+        text = (stored / "tables" / name).read_text("utf-8")
+        assert "Not complete: 1 of 5 runs are missing, baseline-s1." in text
+    shutil.rmtree(runs.parent)
+    figures = neft(folder, "figures", "--profile", "nano")
+    assert "these are the numbers of results/partial" in figures.stdout, figures.stderr
+    for one in runs.glob("*"):
+        (one / "scores.json").unlink()
+    refused(folder, "no run is complete: run make reproduce first", "--partial")
+    assert stored.is_dir()
+
+
+def test_results_of_edited_or_unknown_or_older_code_are_not_promoted(repository):
+    folder, runs = repository
+    say_of_runs(runs, dirty=True)
+    refused(folder, "run base-s0 ran with uncommitted changes: run it again")
+    say_of_runs(runs, dirty=False, commit=None)
+    refused(folder, "run base-s0 ran outside a git repository: run it again in a clone")
+    say_of_runs(runs, commit="0" * 40)
+    say_of_runs(runs, step_key="other")
+    refused(folder, "run base-s0 is older than the code: run make reproduce")
+    (folder / "Snakefile").write_text("", "utf-8")
+    refused(folder, "promote needs a clean commit: commit or undo your changes first")

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from neft_utils import config, preflight, train
+from neft_utils import config, preflight, train, workflow
 from neft_utils.config import ConfigError
 
 NANO = config.load_profile("nano")
@@ -28,6 +28,17 @@ def test_a_machine_that_will_do_is_described(tmp_path, monkeypatch):
     assert "free" in found["disk"] and found["model"] == "nano" and "judge" not in found
     card(tmp_path, monkeypatch, 24576)
     assert dict(preflight.check(GPU))["device"] == "NVIDIA A10G, 26 GB"
+
+
+def test_runs_go_side_by_side_on_a_card_as_asked_and_as_memory_allows(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "memory_gb", lambda: 16.0)
+    small = dataclasses.replace(GPU, gpu_memory_gb=6.0, memory_gb=2.0)
+    assert workflow.workers(small, 5) == 5  # `make plan` for another machine
+    card(tmp_path, monkeypatch, 24576)
+    assert [workflow.workers(small, cores) for cores in (None, 2, 9)] == [1, 2, 4]
+    assert workflow.workers(dataclasses.replace(small, memory_gb=7.0), 9) == 2
+    assert workflow.workers(dataclasses.replace(small, gpu_memory_gb=0.0), 9) == 1
+    assert workflow.workers(dataclasses.replace(NANO, memory_gb=20.0), 9) == 1
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="has a GPU")

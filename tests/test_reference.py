@@ -98,20 +98,17 @@ def test_the_ledger_has_every_claim_with_a_verdict(stored):
 
 def test_the_confirmatory_claim_follows_from_per_item_files(stored):
     profile, folder = stored
-    ledger = {row["id"]: row for row in json.loads((folder / "claims.json").read_text("utf-8"))}
-    pair = profile.confirmatory
+    rows = json.loads((folder / "claims.json").read_text("utf-8"))
+    claim, pair = next(row for row in rows if row["id"] == "confirmatory"), profile.confirmatory
     frames = []
     for seed in profile.seeds_of(pair.treatment):
-        sides = [
-            pd.read_csv(folder / "runs" / f"{arm}-s{seed}" / "losses.csv")
-            .query("split == 'test'")
-            .set_index("example_id")
-            .nll
-            for arm in (pair.treatment, pair.control)
-        ]
-        frames.append((sides[0] - sides[1]).rename("delta").reset_index().assign(seed=seed))
+        names = (f"{arm}-s{seed}" for arm in (pair.treatment, pair.control))
+        files = [folder / "runs" / name / "losses.csv" for name in names]
+        if all(file.exists() for file in files):
+            tests = [pd.read_csv(file).query("split == 'test'") for file in files]
+            sides = [one.set_index("example_id").nll for one in tests]
+            frames.append((sides[0] - sides[1]).rename("delta").reset_index().assign(seed=seed))
     interval = stats.confirmatory_interval(pd.concat(frames))
-    claim = ledger["confirmatory"]
     assert claim["estimate"] == pytest.approx(interval.estimate, abs=1e-12)
     for end in ("ci_low", "ci_high"):
         if interval.n_seeds == 1:  # smoke
@@ -205,3 +202,43 @@ def test_the_answers_of_the_promoted_runs_are_counted_as_they_say(stored):
         mean = sum(row["n_tokens"] for row in rows) / len(rows)
         shown = table[(table.arm == arm) & (table.seed == seed)].answer_tokens.item()
         assert math.isclose(shown, mean)
+
+
+# ------------------------------------------------------------------------ runs are missing
+
+
+PARTIAL = sorted((ROOT / "results" / "partial").glob("*/claims.json"))
+
+
+@pytest.fixture(params=PARTIAL, ids=lambda path: path.parent.name)
+def partial(request):
+    folder = request.param.parent
+    return load_profile(folder.name), folder
+
+
+def test_a_reference_is_not_partial_too():
+    assert not {path.parent.name for path in PARTIAL} & {path.parent.name for path in STORED}
+
+
+def test_partial_results_are_clean_and_say_what_is_missing(partial):
+    profile, folder = partial
+    runs = results.load_runs(folder / "runs")
+    missing = results.missing_runs(profile, runs)
+    assert missing and len(runs) + len(missing) == len(profile.runs()) + 1
+    assert len({run["provenance"]["commit"] for run in runs.values()}) == 1
+    assert not any(run["provenance"]["dirty"] for run in runs.values())
+    for name in ("main.md", "claims.md"):
+        text = (folder / "tables" / name).read_text("utf-8")
+        assert "Not complete" in text and all(run in text for run in missing), name
+
+
+def test_partial_tables_follow_from_per_item_files(partial):
+    test_the_main_table_again_with_pandas_alone(partial)
+    test_every_run_scored_the_same_test_rows(partial)
+    test_the_ledger_has_every_claim_with_a_verdict(partial)
+    test_the_confirmatory_claim_follows_from_per_item_files(partial)
+
+
+def test_nothing_secret_is_in_partial_results(partial):
+    test_no_row_of_the_dataset_is_promoted(partial)
+    test_no_prompt_weight_or_machine_path_is_promoted(partial)

@@ -1,16 +1,15 @@
 """Files from elsewhere are data: nothing in them is run."""
 
 import ast
-import dataclasses
 import json
 import os
 import pickle
 
 import pytest
 import torch
-from test_train import Cut, Places, silent
+from tiny import cut_run, places, prepare, saving, silent
 
-from neft_utils import config, data, recording, train
+from neft_utils import config, recording, train
 from neft_utils import model as m
 from neft_utils.config import HERE, NOTEBOOKS, ConfigError, Model
 
@@ -63,19 +62,10 @@ def test_pickled_weights_are_not_read(model_folder, tmp_path):
 
 
 def test_a_pickle_in_a_checkpoint_is_not_run(tmp_path, monkeypatch):
-    nano = config.load_profile("nano")
-    recipe = dataclasses.replace(nano.train, checkpoint_steps=1)
-    profile = dataclasses.replace(nano, train=recipe)
-    paths = Places(profile.name, str(tmp_path))
-    object.__setattr__(paths, "folder", tmp_path / "processed")
-    count = m.count_tokens(m.load_tokenizer(profile.model))
-    data.prepare(profile.data, profile.all_seeds(), paths.processed, count)
-    build = train.build_trainer
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "build_trainer", lambda *a: build(*a[:5], [*a[5], Cut()], a[6]))
-        with pytest.raises(KeyboardInterrupt):
-            train.finetune(profile, "baseline", 0, paths, silent)
-    folder = next((paths.run("baseline", 0) / "trainer").iterdir())
+    profile = saving(config.load_profile("nano"))
+    prepare(profile, tmp_path / "processed")
+    paths = places(profile, tmp_path, tmp_path / "processed")
+    folder = cut_run(profile, "baseline", paths, monkeypatch)
     marker = tmp_path / "ran"
     torch.save({"state": Evil(marker)}, folder / "checkpoint-3" / "optimizer.pt")
     assert (folder / "checkpoint-3" / recording.ROWS).exists()

@@ -8,6 +8,7 @@ import sys
 import pandas as pd
 import pytest
 import torch
+from tiny import cut_run, places, prepare, saving, silent
 from transformers import TrainerCallback
 
 from neft_utils import claims, config, data, provenance, recording, results, tasks, train
@@ -23,28 +24,13 @@ def profile():
 def prepared(profile, tmp_path_factory):
     """Processed nano data, in a folder of this test run."""
     folder = tmp_path_factory.mktemp("processed")
-    tokenizer = m.load_tokenizer(profile.model)
-    data.prepare(profile.data, profile.all_seeds(), folder, m.count_tokens(tokenizer))
+    prepare(profile, folder)
     return folder
-
-
-class Places(config.Paths):
-    """Paths with the processed data elsewhere."""
-
-    @property
-    def processed(self):
-        return self.folder
 
 
 @pytest.fixture
 def paths(profile, prepared, tmp_path):
-    places = Places(profile.name, str(tmp_path))
-    object.__setattr__(places, "folder", prepared)
-    return places
-
-
-def silent(text):
-    pass
+    return places(profile, tmp_path, prepared)
 
 
 def weights(run):
@@ -232,33 +218,17 @@ def test_full_fine_tuning_trains_saves_and_loads_every_weight(profile, paths):
     assert noise["noise_rms"] == pytest.approx(noise["expected_rms"], rel=0.02)
 
 
-class Cut(TrainerCallback):
-    """Ends training as a kill does, after the third step's checkpoint."""
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 3:
-            raise KeyboardInterrupt
-
-
 def test_a_cut_run_goes_on_from_its_checkpoint_to_the_same_bits(profile, paths, monkeypatch):
-    import dataclasses
-
-    recipe = dataclasses.replace(profile.train, checkpoint_steps=1, lora_dropout=0.1)
-    saving = dataclasses.replace(profile, train=recipe)
-    whole = weights(train.finetune(saving, "neft_a15", 0, paths, silent))
+    often = saving(profile, lora_dropout=0.1)
+    whole = weights(train.finetune(often, "neft_a15", 0, paths, silent))
     assert not (paths.run("neft_a15", 0) / "trainer").exists()
     log = pd.read_csv(paths.run("neft_a15", 0) / "train_log.csv").drop(columns="seconds")
-    build = train.build_trainer
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "build_trainer", lambda *a: build(*a[:5], [*a[5], Cut()], a[6]))
-        with pytest.raises(KeyboardInterrupt):
-            train.finetune(saving, "neft_a15", 0, paths, silent)
-    folder = next((paths.run("neft_a15", 0) / "trainer").iterdir())
+    folder = cut_run(often, "neft_a15", paths, monkeypatch)
     names = sorted(path.name for path in folder.glob("checkpoint-*"))
     assert names == ["checkpoint-2", "checkpoint-3"]
     (folder / "checkpoint-3" / recording.ROWS).unlink()  # cut while it was written
     said = []
-    run = train.finetune(saving, "neft_a15", 0, paths, said.append)
+    run = train.finetune(often, "neft_a15", 0, paths, said.append)
     assert said[0] == "goes on at step 2/4"
     assert json.loads((run / "noise.json").read_text())["from_step"] == 2
     again = weights(run)
@@ -277,8 +247,7 @@ def test_the_base_is_scored_on_the_rows_of_the_first_seed_there_is(profile, path
 
 
 def test_unknown_arm_and_missing_data_are_said_before_any_work(profile, tmp_path):
-    nowhere = Places(profile.name, str(tmp_path))
-    object.__setattr__(nowhere, "folder", tmp_path / "nothing")
+    nowhere = places(profile, tmp_path, tmp_path / "nothing")
     with pytest.raises(config.ConfigError, match="no arm 'neft'"):
         train.finetune(profile, "neft", 0, nowhere, silent)
     with pytest.raises(data.DataError, match="run notebook 01 first"):

@@ -1,7 +1,12 @@
-"""Models that several test files share."""
+"""Models, places and cuts that several test files share."""
 
+import dataclasses
+
+import pytest
 import torch
+from transformers import TrainerCallback
 
+from neft_utils import config, data, train
 from neft_utils import model as m
 from neft_utils.config import Model
 
@@ -17,3 +22,52 @@ def lively_nano():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.3 if "proj" in name else 1.0)
     return model
+
+
+def silent(text):
+    pass
+
+
+class Places(config.Paths):
+    """Paths with the processed data elsewhere."""
+
+    @property
+    def processed(self):
+        return self.folder
+
+
+def places(profile, out, processed):
+    """Places of a profile whose results go below `out`."""
+    paths = Places(profile.name, str(out))
+    object.__setattr__(paths, "folder", processed)
+    return paths
+
+
+def prepare(profile, folder):
+    """Write a profile's processed data to `folder`."""
+    count = m.count_tokens(m.load_tokenizer(profile.model))
+    data.prepare(profile.data, profile.all_seeds(), folder, count)
+
+
+class Cut(TrainerCallback):
+    """Ends training as a kill does, after the third step's checkpoint."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+def saving(profile, **recipe):
+    """The profile with a checkpoint after every step."""
+    changed = dataclasses.replace(profile.train, checkpoint_steps=1, **recipe)
+    return dataclasses.replace(profile, train=changed)
+
+
+def cut_run(profile, arm, paths, monkeypatch):
+    """Train seed 0 of an arm until it is cut; returns the folder with its checkpoints."""
+    build = train.build_trainer
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "build_trainer", lambda *a: build(*a[:5], [*a[5], Cut()], a[6]))
+        with pytest.raises(KeyboardInterrupt):
+            train.finetune(profile, arm, 0, paths, silent)
+    return next((paths.run(arm, 0) / "trainer").iterdir())
