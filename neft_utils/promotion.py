@@ -4,9 +4,15 @@ Whole results go to results/reference. Results of which runs are missing go to r
 where no notebook and no test takes them for a reference, and name what is missing.
 """
 
+import atexit
+import functools
 import json
 import os
+import platform
 import shutil
+import subprocess
+import sys
+import tempfile
 
 import pandas as pd
 
@@ -87,9 +93,44 @@ def _commits(profile, paths, arm, seed):
     keys = {4: scored["step_key"]}
     if arm != BASE:
         keys[3] = provenance.read_json(run / "config.json")["step_key"]
+    if about["python"].split(".")[:2] != platform.python_version_tuple()[:2]:
+        # Another Python writes syntax trees, and so keys, in another form: ask this one.
+        keys = {step: _key_at(about["commit"], profile.name, step, arm, seed) for step in keys}
     if any(found != step_key(profile, step, arm, seed) for step, found in keys.items()):
         raise ConfigError(f"run {run.name} is older than the code: run make reproduce")
     return about["commit"], scored["commit"]
+
+
+def _key_at(commit, name, step, arm, seed):
+    """The step's key by the code and the profile of a commit."""
+    code = "import sys; from neft_utils.config import load_profile as load;"
+    code += "from neft_utils.keys import step_key as key;"
+    code += (
+        "name, step, arm, seed = sys.argv[1:]; print(key(load(name), int(step), arm, int(seed)))"
+    )
+    command = [sys.executable, "-c", code, name, str(step), arm, str(seed)]
+    done = subprocess.run(
+        command,
+        cwd="/",
+        env={**os.environ, "PYTHONPATH": _checkout(commit)},
+        capture_output=True,
+        text=True,
+    )
+    return done.stdout.strip()
+
+
+@functools.cache
+def _checkout(commit):
+    """A folder with the files of a commit, for as long as this process lives."""
+    folder = tempfile.TemporaryDirectory(prefix="neft-")
+    atexit.register(folder.cleanup)
+    for command in (
+        ["git", "clone", "--quiet", "--no-checkout", str(ROOT), folder.name],
+        ["git", "-C", folder.name, "checkout", "--quiet", commit],
+    ):
+        if subprocess.run(command, capture_output=True).returncode:
+            raise ConfigError(f"commit {commit[:12]}, which made runs, is not in this repository")
+    return folder.name
 
 
 def _copy(profile, paths, target, names):
