@@ -50,6 +50,7 @@ wildcard_constraints:
 
 rule all:
     input:
+        *SCORES,  # else a run whose folder is deleted would not be missed
         f"{R}/claims.json",
         f"{R}/notebooks/00_start_here.ipynb",
         f"{R}/notebooks/02_noisy_embeddings.ipynb",

@@ -93,7 +93,7 @@ def _commits(profile, paths, arm, seed):
     keys = {4: scored["step_key"]}
     if arm != BASE:
         keys[3] = provenance.read_json(run / "config.json")["step_key"]
-    if about["python"].split(".")[:2] != platform.python_version_tuple()[:2]:
+    if about["python"].split(".")[:2] != platform.python_version().split(".")[:2]:
         # Another Python writes syntax trees, and so keys, in another form: ask this one.
         keys = {step: _key_at(about["commit"], profile.name, step, arm, seed) for step in keys}
     if any(found != step_key(profile, step, arm, seed) for step, found in keys.items()):

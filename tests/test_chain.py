@@ -185,6 +185,16 @@ def test_a_second_call_does_nothing_even_after_editing_prose(nano):
     }
 
 
+def test_a_run_that_was_deleted_is_made_again_to_the_same_bits(nano):
+    folder, results, _ = nano
+    run = results / "runs" / "baseline-s1"
+    before = files_of(run)
+    shutil.rmtree(run)
+    done = neft(folder, "reproduce", "--profile", "nano")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert files_of(run) == before and done.stdout.count("finished finetune") == 1
+
+
 def test_tables_can_be_recomputed_from_the_per_item_files(nano):
     _, results, _ = nano
     main = pd.read_csv(results / "tables" / "main.csv").set_index("arm")
@@ -424,8 +434,8 @@ def test_a_missing_run_is_never_a_reference_and_partial_results_name_it(reposito
     (runs / "baseline-s1" / "scores.json").unlink()
     refused(folder, "run baseline-s1 is not complete: run make reproduce first")
     refused(folder, "the tables are of other runs: run make figures first", "--partial")
-    figures = neft(folder, "figures", "--profile", "nano")
-    assert figures.returncode == 0, figures.stderr
+    tables = neft(folder, "notebook", 5, "--profile", "nano")
+    assert tables.returncode == 0, tables.stderr
     done = neft(folder, "promote", "--profile", "nano", "--partial")
     assert done.returncode == 0 and "without baseline-s1" in done.stdout, done.stderr
     assert not (folder / "results" / "reference" / "nano").exists()
@@ -453,6 +463,16 @@ def test_results_of_edited_or_unknown_or_older_code_are_not_promoted(repository)
     refused(folder, "run base-s0 ran outside a git repository: run it again in a clone")
     say_of_runs(runs, commit="0" * 40)
     say_of_runs(runs, step_key="other")
+    refused(folder, "run base-s0 is older than the code: run make reproduce")
+    # Another Python gives other keys: the code of the commit is asked, by this one.
+    say_of_runs(runs, python="3.99.0")
+    refused(folder, "commit 000000000000, which made runs, is not in this repository")
+    say_of_runs(runs, commit=git(folder, "rev-parse", "HEAD"))
+    done = neft(folder, "promote", "--profile", "nano")
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(folder / "results" / "reference" / "nano")
+    (folder / "neft_utils" / "metrics.py").write_text("edited = True\n", "utf-8")
+    git(folder, "commit", "-q", "-a", "-m", "edited")
     refused(folder, "run base-s0 is older than the code: run make reproduce")
     (folder / "Snakefile").write_text("", "utf-8")
     refused(folder, "promote needs a clean commit: commit or undo your changes first")
