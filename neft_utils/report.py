@@ -27,7 +27,7 @@ $\\epsilon$ uniform between -1 and 1, $L$ the sequence's own number of tokens, $
 size and $\\alpha$ the strength. Arms with and without noise that share a seed share all else.
 """
 _SUMMARISED = ("claims.json", "tables/main.csv", "tables/by_seed.csv", "tables/contrasts.csv")
-_SUMMARISED += ("tables/type_one_error.csv", "published/views.csv")
+_SUMMARISED += ("tables/claims.md", "tables/type_one_error.csv", "published/views.csv")
 _RUN_STEPS = {"03": "fine-tune", "04": "evaluate"}
 
 

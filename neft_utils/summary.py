@@ -64,7 +64,10 @@ def headline(folder):
         "| | without noise | with noise | difference [95 % interval] |",
         "|---|---|---|---|",
     ]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    table = (folder / "tables/claims.md").read_text("utf-8")
+    notes = [line for line in table.splitlines() if line and not line.startswith("|")]
+    return "\n".join([*lines, *(f"\n{textwrap.fill(one, 96)}" for one in notes)]) + "\n"
 
 
 def certainty(folder):
