@@ -38,7 +38,7 @@ def nano_copy(name, folder):
         asked["length_arm_prompts"] = 2
     if "stability_rows" in values["evaluate"]:
         asked["stability_rows"] = 2
-    values["seeds"] = values["seeds"][:2]
+    values["seeds"] = values["seeds"][: 1 if len(values["arms"]) > 9 else 2]  # minutes, not ten
     for arm in values["arms"].values():
         if "seeds" in arm:
             arm["seeds"] = arm["seeds"][:1]
