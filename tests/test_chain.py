@@ -185,14 +185,18 @@ def test_a_second_call_does_nothing_even_after_editing_prose(nano):
     }
 
 
-def test_a_run_that_was_deleted_is_made_again_to_the_same_bits(nano):
+def test_a_deleted_file_of_a_run_is_missed(nano, tmp_path):
     folder, results, _ = nano
-    run = results / "runs" / "baseline-s1"
-    before = files_of(run)
-    shutil.rmtree(run)
-    done = neft(folder, "reproduce", "--profile", "nano")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert files_of(run) == before and done.stdout.count("finished finetune") == 1
+    scores, kept = results / "runs" / "baseline-s1" / "scores.json", tmp_path / "scores.json"
+    wanted = [sys.executable, "-m", "snakemake", "--dry-run", "--nolock", "--rerun-triggers"]
+    wanted += ["mtime", "params", "input", "--config", "profile=nano", "out=results/local"]
+    options = {"env": surroundings(folder), "cwd": folder, "capture_output": True, "text": True}
+    done = subprocess.run(wanted, **options)
+    assert "Nothing to be done" in done.stdout + done.stderr
+    scores.rename(kept)  # and back, its time of change included
+    done = subprocess.run(wanted, **options)
+    kept.rename(scores)
+    assert "04_evaluate__baseline-s1" in done.stdout and "03_finetune" not in done.stdout
 
 
 def test_tables_can_be_recomputed_from_the_per_item_files(nano):
@@ -261,7 +265,7 @@ def test_a_data_file_that_will_not_do_is_named(tmp_path, rows, message):
         "validation_rows": 1,
         "test_rows": 1,
     }
-    done = neft(folder, "reproduce", "--profile", mine(tmp_path, data=own, evaluate={}))
+    done = neft(folder, "notebook", 1, "--profile", mine(tmp_path, data=own, evaluate={}))
     assert done.returncode != 0
     line = next(x for x in done.stderr.splitlines() if x.startswith("error: 01_prepare_data"))
     assert "DataError" in line and message in line

@@ -162,6 +162,7 @@ def write_results(folder, text="plain words"):
         )
     )
     (folder / "tables").mkdir()
+    (folder / "tables" / "claims.md").write_text(f"| claim |\n|---|\n\n{text}\n")
     (folder / "published").mkdir()
     arm, nll, seeds = ["plain", "noisy", text], [1.5, 1.4, 2.25], [2, 2, 1]
     one = {"treatment": "noisy", "metric": "test_nll", "n_seeds": 2, "n_examples": 8}
