@@ -20,7 +20,7 @@ from neft_utils.expected import duration, how_long, notebook_seconds
 from neft_utils.pages import claim_of
 from neft_utils.promotion import PARTIAL
 from neft_utils.provenance import ROOT, atomic_write_text, read_json
-from neft_utils.results import caveats, digits_of, load_runs, show
+from neft_utils.results import digits_of, load_runs, show
 
 README = ROOT / "README.md"
 BLOCK = re.compile(r"(<!-- (\w+):([\w-]+) -->\n)(.*?)(<!-- /\2 -->)", re.S)
@@ -65,9 +65,7 @@ def headline(folder):
         "|---|---|---|---|",
     ]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
-    table = (folder / "tables/claims.md").read_text("utf-8")
-    notes = [line for line in table.splitlines() if line and not line.startswith("|")]
-    return "\n".join([*lines, *(f"\n{textwrap.fill(one, 96)}" for one in notes)]) + "\n"
+    return "\n".join([*lines, *_notes(folder)]) + "\n"
 
 
 def certainty(folder):
@@ -223,8 +221,7 @@ def curve(folder):
                 number += f" [{row.ci_low:+.4f}, {row.ci_high:+.4f}]"
         cells = (f"{change.noise_alpha:g}", f"{statistics.mean(shares):.2f}", len(shares), pairs)
         lines.append("| " + " | ".join(map(str, (*cells, number))) + " |")
-    notes = [textwrap.fill(one, 96) + "\n" for one in caveats(profile, runs)]
-    return "\n".join([*lines, "", *notes])
+    return "\n".join([*lines, *_notes(folder)]) + "\n"
 
 
 def notebooks(folder):
@@ -274,6 +271,13 @@ def _reference(name):
         if (folder / "claims.json").exists():
             return folder
     raise ConfigError(f"the README shows results of {name} and none are stored: promote them first")
+
+
+def _notes(folder):
+    """What the stored tables say of themselves (`results.caveats`), a paragraph each."""
+    table = (folder / "tables/claims.md").read_text("utf-8")
+    notes = [line for line in table.splitlines() if line and not line.startswith("|")]
+    return [f"\n{textwrap.fill(one, 96)}" for one in notes]
 
 
 def _claims(folder):

@@ -15,10 +15,21 @@ from neft_utils.provenance import ROOT
 STORED = sorted((ROOT / "results" / "reference").glob("*/claims.json"))
 
 
-@pytest.fixture(params=STORED, ids=lambda path: path.parent.name)
-def stored(request):
-    folder = request.param.parent
-    return load_profile(folder.name), folder
+PARTIAL = sorted((ROOT / "results" / "partial").glob("*/claims.json"))
+
+
+def results_in(paths):
+    """A fixture: (profile, folder) of the results whose claims.json stand in `paths`."""
+
+    @pytest.fixture(params=paths, ids=lambda path: f"{path.parent.parent.name}-{path.parent.name}")
+    def found(request):
+        folder = request.param.parent
+        return load_profile(folder.name), folder
+
+    return found
+
+
+stored, partial, kept = results_in(STORED), results_in(PARTIAL), results_in([*STORED, *PARTIAL])
 
 
 def test_the_default_profile_is_promoted():
@@ -34,8 +45,8 @@ def test_every_run_is_there_from_one_clean_commit(stored):
     assert not any(run["provenance"]["dirty"] for run in runs.values())
 
 
-def test_every_run_scored_the_same_test_rows(stored):
-    _, folder = stored
+def test_every_run_scored_the_same_test_rows(kept):
+    _, folder = kept
     tests = [
         set(run["losses"].query("split == 'test'").example_id)
         for run in results.load_runs(folder / "runs").values()
@@ -54,9 +65,9 @@ def test_tables_follow_from_per_item_files(stored):
             assert main.loc[arm, f"{split}_nll"] == pytest.approx(mean, abs=1e-12)
 
 
-def test_the_main_table_again_with_pandas_alone(stored):
+def test_the_main_table_again_with_pandas_alone(kept):
     """Nothing of the package computes here: files in, means over items, then over seeds."""
-    profile, folder = stored
+    profile, folder = kept
     main = pd.read_csv(folder / "tables" / "main.csv").set_index("arm")
     found = {}
     for run in sorted((folder / "runs").iterdir()):
@@ -84,8 +95,8 @@ def test_the_main_table_again_with_pandas_alone(stored):
     assert checked >= 4 * len(found)
 
 
-def test_the_ledger_has_every_claim_with_a_verdict(stored):
-    profile, folder = stored
+def test_the_ledger_has_every_claim_with_a_verdict(kept):
+    profile, folder = kept
     rows = json.loads((folder / "claims.json").read_text("utf-8"))
     assert [row["id"] for row in rows] == list(claims.CLAIMS)
     words = ("detected", "not detected", "not testable here")
@@ -96,8 +107,8 @@ def test_the_ledger_has_every_claim_with_a_verdict(stored):
             assert row["verdict"] == "not testable here" or "see profile" in row["verdict"]
 
 
-def test_the_confirmatory_claim_follows_from_per_item_files(stored):
-    profile, folder = stored
+def test_the_confirmatory_claim_follows_from_per_item_files(kept):
+    profile, folder = kept
     rows = json.loads((folder / "claims.json").read_text("utf-8"))
     claim, pair = next(row for row in rows if row["id"] == "confirmatory"), profile.confirmatory
     frames = []
@@ -138,8 +149,8 @@ def test_executed_copies_ran_in_order(stored):
         assert not any(o.output_type == "error" for cell in code for o in cell.outputs)
 
 
-def test_no_row_of_the_dataset_is_promoted(stored):
-    _, folder = stored
+def test_no_row_of_the_dataset_is_promoted(kept):
+    _, folder = kept
     hidden = 0
     for path in (folder / "notebooks").glob("*.ipynb"):
         for cell in nbformat.read(path, as_version=4).cells:
@@ -149,8 +160,8 @@ def test_no_row_of_the_dataset_is_promoted(stored):
     assert hidden >= 1  # notebook 1 shows two
 
 
-def test_no_prompt_weight_or_machine_path_is_promoted(stored):
-    _, folder = stored
+def test_no_prompt_weight_or_machine_path_is_promoted(kept):
+    _, folder = kept
     for path in folder.rglob("*"):
         assert path.suffix not in (".safetensors", ".gguf", ".whl", ".pt")
         if path.suffix in (".json", ".csv", ".jsonl", ".md", ".ipynb"):
@@ -207,15 +218,6 @@ def test_the_answers_of_the_promoted_runs_are_counted_as_they_say(stored):
 # ------------------------------------------------------------------------ runs are missing
 
 
-PARTIAL = sorted((ROOT / "results" / "partial").glob("*/claims.json"))
-
-
-@pytest.fixture(params=PARTIAL, ids=lambda path: path.parent.name)
-def partial(request):
-    folder = request.param.parent
-    return load_profile(folder.name), folder
-
-
 def test_a_reference_is_not_partial_too():
     assert not {path.parent.name for path in PARTIAL} & {path.parent.name for path in STORED}
 
@@ -230,15 +232,3 @@ def test_partial_results_are_clean_and_say_what_is_missing(partial):
     for name in ("main.md", "claims.md"):
         text = (folder / "tables" / name).read_text("utf-8")
         assert "Not complete" in text and all(run in text for run in missing), name
-
-
-def test_partial_tables_follow_from_per_item_files(partial):
-    test_the_main_table_again_with_pandas_alone(partial)
-    test_every_run_scored_the_same_test_rows(partial)
-    test_the_ledger_has_every_claim_with_a_verdict(partial)
-    test_the_confirmatory_claim_follows_from_per_item_files(partial)
-
-
-def test_nothing_secret_is_in_partial_results(partial):
-    test_no_row_of_the_dataset_is_promoted(partial)
-    test_no_prompt_weight_or_machine_path_is_promoted(partial)
