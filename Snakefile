@@ -1,7 +1,9 @@
 # The steps of a profile as a graph; `make reproduce` calls it, nothing else schedules.
 # A step is redone when its inputs or its `key` change: see neft_utils.keys.step_key.
 from neft_utils.config import BASE, Paths, load_profile
+from neft_utils.engines import WORKER, vllm_python
 from neft_utils.keys import step_key
+from neft_utils.provenance import sha256_file
 
 PROFILE = load_profile(config["profile"])
 PATHS = Paths(PROFILE.name, config["out"])
@@ -17,6 +19,8 @@ MEMORY = int(PROFILE.memory_gb * 1000)
 LIGHT = min(MEMORY, 4000)
 GPUS = 1 if PROFILE.device == "cuda" else 0
 THREADS = int(config.get("threads", 1))  # of a job; neft_utils.workflow says why
+# Runs whose answers come from vLLM, all from one engine; none where it is not asked for or not here.
+VLLM = PROFILE.asked_runs() if vllm_python(PROFILE) else []
 
 
 def command(step, run=""):
@@ -41,6 +45,11 @@ def control(wildcards):
     if not PROFILE.evaluate.length_arm_prompts or arm == wildcards.arm:
         return []
     return str(PATHS.run(arm, seed) / "generations.jsonl") if (arm, seed) in RUNS else []
+
+
+def stored(wildcards):
+    run = wildcards.arm, int(wildcards.seed)
+    return str(PATHS.stored_answers(*run)) if run in VLLM else []
 
 
 wildcard_constraints:
@@ -93,8 +102,22 @@ rule finetune:
     shell: command(3, "--arm {wildcards.arm} --seed {wildcards.seed}")
 
 
+# The one step without a notebook: it only fills what notebook 4 reads. Alone on its machine, since
+# vLLM takes all of a GPU's memory.
+if VLLM:
+
+    rule answer:
+        input: *[str(PATHS.run(*run) / PROFILE.weights) for run in VLLM if run[0] != BASE], *DATA,
+        output: *[str(PATHS.stored_answers(*run)) for run in VLLM],
+        params: key=[sha256_file(WORKER), *(step_key(PROFILE, 4, *run) for run in VLLM)],
+        resources: mem_mb=MEMORY, gpu=GPUS,
+        threads: int(config.get("whole", 1)),
+        shell:
+            f"python -m neft_utils answer --profile {config['profile']!r} --out {config['out']!r}"
+
+
 rule evaluate:
-    input: f"{R}/runs/{{arm}}-s{{seed}}/{PROFILE.weights}", *DATA[1:4], control,
+    input: f"{R}/runs/{{arm}}-s{{seed}}/{PROFILE.weights}", *DATA[1:4], control, stored,
     output:
         *[f"{R}/runs/{{arm}}-s{{seed}}/{name}" for name in ITEMS],
         f"{R}/notebooks/04_evaluate__{{arm}}-s{{seed}}.ipynb",
@@ -106,7 +129,7 @@ rule evaluate:
 
 # The untrained model has no adapter to wait for, and says itself what it is.
 rule evaluate_base:
-    input: *DATA,
+    input: *DATA, *([str(PATHS.stored_answers(BASE, 0))] if VLLM else []),
     output:
         *[f"{R}/runs/{BASE}-s0/{name}" for name in (*ITEMS, "config.json", "provenance.json")],
         f"{R}/notebooks/04_evaluate__{BASE}-s0.ipynb",

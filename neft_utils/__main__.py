@@ -73,6 +73,7 @@ def _parser():
     sub.add_argument("step", type=int, choices=sorted(STEPS))
     sub.add_argument("--arm")
     sub.add_argument("--seed", type=int)
+    command("answer", answer, "answer all prompts of all trained runs with vLLM")
     sub = command("reproduce", reproduce, "run all steps that are not done")
     sub.add_argument("--cores", type=int, default=None, help="runs side by side")
     sub.add_argument("--engine", default="local", help="local, or a Snakemake executor: slurm")
@@ -155,6 +156,14 @@ def check(arguments):
 def notebook(arguments):
     profile, reference, paths = _profile(arguments)
     execute(profile, reference, paths, arguments.step, arguments.arm, arguments.seed)
+
+
+def answer(arguments):
+    """Answers of all trained runs from one vLLM engine, for notebook 04 to read."""
+    from neft_utils.vllm_engine import answer_all
+
+    profile, _, paths = _profile(arguments)
+    answer_all(profile, paths)
 
 
 # ------------------------------------------------------------------------------- all of them

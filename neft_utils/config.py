@@ -113,6 +113,8 @@ class Evaluate:
     answer_prompts_without_penalty: int = at_least(0, 0)  # sensitivity row
     shown_prompts: tuple[str, ...] = SHOWN_PROMPTS  # answered with the test prompts, not scored
     answer_batch_size: int = at_least(1, 16)
+    # vllm: where it is installed, else transformers (see `neft_utils.vllm_engine`)
+    answer_engine: str = one_of("transformers", "vllm", default="transformers")
     max_new_tokens: int = at_least(1, 256)
     repetition_penalty: float = at_least(1.0, 1.2)
     repetition_chunk: int = at_least(2, 50)  # words; the paper's C (Table 4)
@@ -224,6 +226,11 @@ class Profile:
     def _asked(self, arm, seed, seeds):
         seeds = self.seeds[:1] if seeds is None else seeds
         return arm == BASE or (seed in seeds and not self.arms[arm].nll_only)
+
+    def asked_runs(self):
+        """[(arm, seed)] of all that answer something, the base first."""
+        models = [(BASE, 0), *self.runs()]
+        return [one for one in models if self.answers(*one) or self.secondary(*one)]
 
     def data_fraction(self, arm):
         """The share of a seed's training rows that an arm trains on."""
@@ -379,6 +386,9 @@ class Paths:
 
     def run(self, arm, seed):
         return self.results / "runs" / f"{arm}-s{seed}"
+
+    def stored_answers(self, arm, seed):
+        return self.results / "vllm" / f"{arm}-s{seed}.json"
 
     def notebook(self, step, arm=None, seed=None):
         suffix = "" if arm is None else f"__{arm}-s{seed}"

@@ -178,7 +178,8 @@ def per_document_attention(module, query, key, value, attention_mask, cu_seq_len
         longest, offsets = kwargs["max_length_q"], cu_seq_lens_q.int()
         # Keys and values once for every query head: not every torch takes groups here.
         groups = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        if groups > 1:
+            key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
         rows = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
         options = {"window_size": (-1, 0), "scale": scale}
         out = varlen_attn(*rows, offsets, offsets, longest, longest, **options)

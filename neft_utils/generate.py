@@ -29,9 +29,9 @@ class RepetitionPenalty(LogitsProcessor):
         return out
 
 
-def stop_ids(model, tokenizer):
+def stop_ids(generation_config, tokenizer):
     """Ids that end an answer: the tokenizer's end of turn and the model's own."""
-    ids = model.generation_config.eos_token_id
+    ids = generation_config.eos_token_id
     ids = ids if isinstance(ids, list) else [ids]
     return sorted({tokenizer.eos_token_id, *(i for i in ids if i is not None)})
 
@@ -82,7 +82,7 @@ def answer(
     batched by length, padded on the left; rows that have ended leave the batch.
     """
     model.eval()
-    stops = stop_ids(model, tokenizer)
+    stops = stop_ids(model.generation_config, tokenizer)
     penalty = None
     if repetition_penalty != 1.0:
         penalty = RepetitionPenalty(repetition_penalty, [*stops, tokenizer.pad_token_id])
@@ -95,7 +95,7 @@ def answer(
         limits = min_new_tokens, max_new_tokens
         new = _decode(model, [encoded[i] for i in chosen], limits, penalty, stops, tokenizer)
         for i, tokens in zip(chosen, new, strict=True):
-            out[i] = _first_turn(tokenizer, tokens, stops)
+            out[i] = first_turn(tokenizer, tokens, stops)
     return out
 
 
@@ -154,7 +154,8 @@ def _decode(model, prompts, limits, penalty, stops, tokenizer):
     return new
 
 
-def _first_turn(tokenizer, tokens, stops):
+def first_turn(tokenizer, tokens, stops):
+    """New token ids as {"n_tokens", "stopped", "text"}: up to the first of the ids `stops`."""
     end = next((n for n, token in enumerate(tokens) if token in stops), None)
     count = len(tokens) if end is None else end + 1
     text = tokenizer.decode(tokens[:end], skip_special_tokens=True)

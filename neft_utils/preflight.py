@@ -13,6 +13,7 @@ from pathlib import Path
 
 from neft_utils import hub
 from neft_utils.config import ConfigError
+from neft_utils.engines import VARIABLE, vllm_python
 from neft_utils.provenance import ROOT, pinned_packages
 
 LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container, bytes or "max"
@@ -31,6 +32,8 @@ def check(profile, here=True):
         found += [("device", _device(profile)), ("memory", _memory(profile))]
     found.append(("disk", _disk(profile)))
     found.append(("model", _model(profile)))
+    if profile.evaluate.answer_engine == "vllm":
+        found.append(("answers", _answers(profile)))
     if profile.evaluate.judge is not None:
         found.append(("judge", _judge(profile.evaluate.judge)))
     return found
@@ -123,6 +126,16 @@ def _model(profile):
     ):
         return model.source
     return f"{model.source}, " + hub.state(model.source, model.revision, "model.source")
+
+
+def _answers(profile):
+    found = vllm_python(profile)
+    if found is None:
+        return (
+            "from transformers, run after run: vLLM is not installed here"
+            f" ({VARIABLE} names a Python that has it)"
+        )
+    return f"from vLLM, all runs in one engine ({found})"
 
 
 def _judge(judge):

@@ -139,7 +139,7 @@ def _copy(profile, paths, target, names):
     new, old = (target.with_name(f".{target.name}.{word}") for word in ("new", "old"))
     shutil.rmtree(new, ignore_errors=True)
     keep_out = shutil.ignore_patterns(
-        "adapter", "model", "trainer", "report", "*.log", ".*", "*.failed.ipynb"
+        "adapter", "model", "trainer", "vllm", "report", "*.log", ".*", "*.failed.ipynb"
     )
     shutil.copytree(paths.results, new, ignore=keep_out)
     for run in (new / "runs").iterdir():  # cut, or of an earlier version of the profile

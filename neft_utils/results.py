@@ -186,6 +186,14 @@ def caveats(profile, runs):
     }
     if other:
         out.append(f"Other versions than the pinned ones: {', '.join(sorted(other))}.")
+    answered = [run for run in runs.values() if len(run["generations"])]
+    # Before there was a choice, transformers answered.
+    engines = {run["scores"]["provenance"].get("answer_engine", "transformers") for run in answered}
+    if len(engines) > 1:
+        out.append(
+            f"Answers of different engines ({', '.join(sorted(engines))}), which round differently:"
+            " runs differ by that too."
+        )
     return out
 
 

@@ -5,6 +5,7 @@ validation, test and out-of-distribution rows. Everything goes to per-item files
 are computed from those (`results`).
 """
 
+import functools
 import gc
 import time
 
@@ -12,14 +13,15 @@ import pandas as pd
 
 from neft_utils import (
     alpaca_eval,
+    asking,
     benchmarks,
     data,
     judge,
     metrics,
     provenance,
-    sources,
     stability,
     verifiable,
+    vllm_engine,
 )
 from neft_utils.config import BASE, ConfigError, as_dict, decoding_name
 from neft_utils.generate import answer
@@ -44,10 +46,6 @@ ITEM_COLUMNS = {
     "preferences.csv": ["set", *judge.COLUMNS],
 }
 SCORED = ("train", "validation", "test", "ood")
-# The paper's Table 5 makes an ordinary model talk: by asking for it, and by forbidding the end
-# of the answer before 250 new tokens.
-LONG_PROMPT = "\n\nPlease give a long and comprehensive answer."
-MIN_NEW_TOKENS = 250
 
 
 def split_rows(profile, arm, seed, paths, split):
@@ -81,86 +79,13 @@ def score_losses(model, tokenizer, splits, batch_tokens, say=print):
     return pd.concat(frames, ignore_index=True)
 
 
-class Answers:
-    """Collects the rows of generations.jsonl: greedy answers to sets of prompts."""
-
-    def __init__(self, model, tokenizer, settings, say):
-        self.model, self.tokenizer, self.settings, self.say = model, tokenizer, settings, say
-        self.rows = []
-
-    def ask(self, penalty=None, min_new_tokens=0, **sets):
-        """sets: {id: prompt} by name, answered together. Returns {id: answer text} of all."""
-        settings = self.settings
-        penalty = settings.repetition_penalty if penalty is None else penalty
-        asked = [(name, *one) for name, prompts in sets.items() for one in prompts.items()]
-        if not asked:
-            return {}
-        answers = answer(
-            self.model,
-            self.tokenizer,
-            [prompt for _, _, prompt in asked],
-            max_new_tokens=settings.max_new_tokens,
-            batch_size=settings.answer_batch_size,
-            repetition_penalty=penalty,
-            min_new_tokens=min(min_new_tokens, settings.max_new_tokens),
-        )
-        decoding, tokens = decoding_name(penalty), sum(a["n_tokens"] for a in answers)
-        self.say(f"{', '.join(sets)}, {decoding}: {tokens} tokens in {len(answers)} answers")
-        self.rows += [
-            {"set": name, "example_id": key, "decoding": decoding, **one}
-            for (name, key, _), one in zip(asked, answers, strict=True)
-        ]
-        return {key: one["text"] for (_, key, _), one in zip(asked, answers, strict=True)}
-
-    def cut(self, name, to):
-        """Test answers cut to as many tokens as another run's; to: that run's folder."""
-        limits = {
-            row["example_id"]: row["n_tokens"]
-            for row in sources.read_jsonl(to / "generations.jsonl")
-            if row["set"] == "test"
-        }
-        for row in [row for row in self.rows if row["set"] == "test"]:
-            limit = limits.get(row["example_id"])
-            if limit is None or row["decoding"] == decoding_name(1.0):
-                continue
-            ids = self.tokenizer(row["text"], add_special_tokens=False)["input_ids"][:limit]
-            short = {"text": self.tokenizer.decode(ids), "n_tokens": min(row["n_tokens"], limit)}
-            stopped = row["stopped"] and row["n_tokens"] <= limit
-            self.rows.append({**row, "set": name, **short, "stopped": stopped})
-
-
-def collect_answers(answers, profile, arm, seed, paths, test):
-    """Test prompts, with the penalty and, for a few, without; the paper's Table 5 where asked."""
-    settings = profile.evaluate
-    prompts = {row["id"]: row["prompt"] for row in test}
-    shown = {f"shown-{n}": prompt for n, prompt in enumerate(settings.shown_prompts)}
-    answers.ask(test=_first(prompts, settings.answer_prompts), shown=shown)
-    answers.ask(test=_first(prompts, settings.answer_prompts_without_penalty), penalty=1.0)
-    if settings.alpaca_eval_prompts:
-        asked = alpaca_eval.rows(settings.alpaca_eval_prompts)
-        answers.ask(**{alpaca_eval.SET: {row["id"]: row["prompt"] for row in asked}})
-    if not settings.length_arm_prompts or arm == BASE:
-        return
-    some = _first(prompts, settings.length_arm_prompts)
-    control = profile.control_of(arm)
-    if arm == control:
-        answers.ask(test_long_prompt={key: text + LONG_PROMPT for key, text in some.items()})
-        answers.ask(test_min_tokens=some, min_new_tokens=MIN_NEW_TOKENS)
-    elif (control, seed) in profile.runs():
-        answers.cut("test_cut", to=paths.run(control, seed))
-
-
 def secondary(model, tokenizer, answers, profile, train, test, say):
     """{file name: DataFrame} of the measures that only some runs get, where asked for."""
     settings, out, items = profile.evaluate, {}, []
-    prompts = _first({row["id"]: row["prompt"] for row in train}, settings.train_answer_prompts)
-    composed = []
-    if settings.verifiable_per_family:
-        composed = verifiable.compose(test, settings.verifiable_per_family)
-    instructions = {one["item_id"]: one["prompt"] for one in composed}
-    texts = answers.ask(train=prompts, verifiable=instructions)
+    composed = asking.compose(profile, test)
+    texts = answers.ask(asking.secondary_round(profile, train, composed))
     if composed:
-        items.append(verifiable.check(composed, [texts[key] for key in instructions]))
+        items.append(verifiable.check(composed, [texts[one["item_id"]] for one in composed]))
     if settings.benchmarks:
         items.append(
             benchmarks.score(
@@ -258,11 +183,19 @@ def evaluate(profile, arm, seed, paths, say=print):
         losses = score_losses(model, tokenizer, splits, settings.batch_tokens, say)
         seconds["losses"] = time.perf_counter() - tick
     tables["losses.csv"], scores = losses, metrics.nll_summary(losses)
-    answers = Answers(model, tokenizer, settings, say)
+    engine, answerer = vllm_engine.stored(profile, arm, seed, paths) or (
+        "transformers",
+        functools.partial(answer, model, tokenizer, batch_size=settings.answer_batch_size),
+    )
+    answers = asking.Answers(answerer, tokenizer, settings, say)
     with out_of_memory("evaluate.answer_batch_size", settings.answer_batch_size):
         tick = time.perf_counter()
         if profile.answers(arm, seed):
-            collect_answers(answers, profile, arm, seed, paths, splits["test"])
+            for one in asking.test_rounds(profile, arm, splits["test"]):
+                answers.ask(one)
+            control = profile.control_of(arm) if arm != BASE else arm
+            if settings.length_arm_prompts and arm != control and (control, seed) in profile.runs():
+                answers.cut("test_cut", to=paths.run(control, seed))
         seconds["answers"] = time.perf_counter() - tick
         tick = time.perf_counter()
         if profile.secondary(arm, seed):
@@ -282,6 +215,7 @@ def evaluate(profile, arm, seed, paths, say=print):
         arm=arm,
         seed=seed,
         step_key=key,
+        answer_engine=engine,
         phase_seconds={name: round(value, 1) for name, value in seconds.items()},
         answer_tokens=sum(row["n_tokens"] for row in answers.rows if row["set"] == "test"),
         base_sha256=base,
@@ -322,10 +256,6 @@ def answer_scores(rows, references, chunk):
             front = decoding if name == "test" else f"{name}/{decoding}"
             scores |= {f"{front}/{key}": value for key, value in summary.items()}
     return scores
-
-
-def _first(prompts, count):
-    return dict(list(prompts.items())[:count])
 
 
 def _unquantized_nll(profile, tokenizer, splits):

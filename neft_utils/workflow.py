@@ -215,6 +215,8 @@ def run_all(profile, reference, paths, count, lock, engine="local", options=()):
         environment |= ONEDNN
     elif engine == "local":
         environment.setdefault("OMP_NUM_THREADS", str(max(1, preflight.cores() // count)))
+    # Cores of a cluster's node beside a GPU, for the loading of data.
+    threads = 4 if profile.device == "cuda" and engine != "local" else 1
     command = [
         sys.executable,
         "-m",
@@ -233,8 +235,8 @@ def run_all(profile, reference, paths, count, lock, engine="local", options=()):
         "--config",
         f"profile={reference}",
         f"out={paths.out}",
-        # Cores of a cluster's node beside a GPU, for the loading of data.
-        f"threads={4 if profile.device == 'cuda' and engine != 'local' else 1}",
+        f"threads={threads}",
+        f"whole={count if engine == 'local' else threads}",  # of a step that runs alone
     ]
     log = paths.results / "snakemake.log"
     began, started = time.time(), time.monotonic()

@@ -161,7 +161,7 @@ def test_batched_answers_equal_single_ones(lively, tokenizer):
 def test_answers_equal_those_of_transformers_generate(lively, tokenizer):
     prompts = ["Hi", "A much longer prompt than the first one", "Why?", "Name three colours"]
     ours = generate.answer(lively, tokenizer, prompts, batch_size=4, max_new_tokens=24)
-    stops = generate.stop_ids(lively, tokenizer)
+    stops = generate.stop_ids(lively.generation_config, tokenizer)
     penalty = generate.RepetitionPenalty(1.2, [*stops, tokenizer.pad_token_id])
     lively.set_attn_implementation("sdpa")
     for prompt, one in zip(prompts, ours, strict=True):
@@ -175,13 +175,13 @@ def test_answers_equal_those_of_transformers_generate(lively, tokenizer):
             eos_token_id=stops,
             pad_token_id=tokenizer.pad_token_id,
         )
-        assert one == generate._first_turn(tokenizer, out[0, ids.shape[1] :].tolist(), stops)
+        assert one == generate.first_turn(tokenizer, out[0, ids.shape[1] :].tolist(), stops)
 
 
 def test_rows_that_end_leave_the_batch_and_change_no_other(lively, tokenizer, monkeypatch):
     """Many stop ids, so that the random model's answers end all over the place."""
     stops = list(range(0, 258, 16))
-    monkeypatch.setattr(generate, "stop_ids", lambda model, tokenizer: stops)
+    monkeypatch.setattr(generate, "stop_ids", lambda generation_config, tokenizer: stops)
     batches = []
     forward = type(lively).forward
     monkeypatch.setattr(
@@ -217,7 +217,7 @@ def test_generate_of_transformers_reads_no_padding(lively, tokenizer):
 def test_no_answer_ends_before_its_minimum(lively, tokenizer, monkeypatch):
     """As transformers' min_new_tokens: the end of turn cannot be chosen before, but right after."""
     stops = list(range(0, 258, 8))
-    monkeypatch.setattr(generate, "stop_ids", lambda model, tokenizer: stops)
+    monkeypatch.setattr(generate, "stop_ids", lambda generation_config, tokenizer: stops)
     prompts = [f"Tell me of number {n}" for n in range(8)]
     options = {"max_new_tokens": 40, "batch_size": 8}
     free = generate.answer(lively, tokenizer, prompts, **options)
@@ -243,7 +243,7 @@ def test_the_penalty_is_transformers_but_for_exempt_ids():
     [([5, 6, 1, 9, 9], (3, True)), ([1, 9], (1, True)), ([5, 6, 7], (3, False))],
 )
 def test_length_counts_to_the_first_end_of_turn(tokenizer, tokens, expected):
-    one = generate._first_turn(tokenizer, tokens, [1])
+    one = generate.first_turn(tokenizer, tokens, [1])
     assert (one["n_tokens"], one["stopped"]) == expected
 
 
@@ -259,7 +259,7 @@ def test_greedy_answers_follow_the_arg_max(lively, tokenizer):
         for _ in range(8):
             logits = lively(input_ids=torch.tensor([ids + new])).logits[0, -1]
             new.append(int(logits.argmax()))
-            if new[-1] in generate.stop_ids(lively, tokenizer):
+            if new[-1] in generate.stop_ids(lively.generation_config, tokenizer):
                 break
     assert text["text"] == tokenizer.decode(new, skip_special_tokens=True)
 
