@@ -5,6 +5,7 @@ they stay so after Holm's correction among themselves. A claim that a profile ca
 says so and names the profile that can.
 """
 
+import dataclasses
 import json
 import math
 from dataclasses import dataclass
@@ -89,6 +90,37 @@ def only_alpha(arm):
     changed = (arm.learning_rate, arm.epochs, arm.batch_size, arm.lora_rank, arm.lora_dropout)
     usual = (arm.distribution, arm.length, arm.where) == ("uniform", "sequence", "all")
     return usual and arm.weight_decay is None and all(one is None for one in changed)
+
+
+def dose(runs, seeds, profile):
+    """Every run with the paper's noise, under whatever length rule, beside its control.
+
+    DataFrame arm, seed, noise_alpha, length (the rule), effective_alpha (median over sequences),
+    relative_rms (noise over embedding) and train_nll, test_nll: differences to the control of the
+    seed. seeds: `results.by_seed`.
+    """
+    losses, rows = seeds.set_index(["arm", "seed"])[["train_nll", "test_nll"]], []
+    for (arm, seed), run in runs.items():
+        change = profile.arms.get(arm)
+        if change is None or not change.noise_alpha or change.data_fraction < 1:
+            continue
+        control = (profile.control_of(arm), seed)
+        if control not in runs or not only_alpha(dataclasses.replace(change, length="sequence")):
+            continue
+        noise = run["noise"]
+        rows.append(
+            {
+                "arm": arm,
+                "seed": seed,
+                "noise_alpha": change.noise_alpha,
+                "length": change.length,
+                "effective_alpha": noise["effective_alpha_p50"],
+                "relative_rms": noise["relative_rms"],
+                **(losses.loc[(arm, seed)] - losses.loc[control]).to_dict(),
+            }
+        )
+    columns = ["arm", "seed", "noise_alpha", "length", "effective_alpha", "relative_rms"]
+    return pd.DataFrame(rows, columns=[*columns, "train_nll", "test_nll"])
 
 
 def ledger(runs, seeds, profile, decoding):

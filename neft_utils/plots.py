@@ -190,6 +190,45 @@ def arms_by_seed(seeds, metric, arms, control, title, ylabel):
 
 
 @styled
+def dose(table, title):
+    """What noise does to both losses against the noise that arrives: a point a run, by length rule.
+
+    table: `claims.dose`. Axes are linear below 0.001 nats, so that no effect has a place.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.8), sharey=True)
+    marks = {
+        "sequence": ("o", COLOURS[0]),
+        "padded": ("s", COLOURS[1]),
+        "packed": ("^", COLOURS[2]),
+    }
+    for axis, metric, rows in zip(
+        axes, ("train_nll", "test_nll"), ("training", "test"), strict=True
+    ):
+        axis.axhline(0, color=BASELINE, linewidth=1)
+        for rule, (marker, colour) in marks.items():
+            some = table[table.length == rule]
+            axis.plot(some.relative_rms, some[metric], marker, color=colour, label=f"L: {rule}")
+        for _, some in table.groupby("arm"):
+            packed = some.length.iloc[0] == "packed"  # as much arrives as of a smaller padded α
+            end = some.loc[some[metric].idxmin() if packed else some[metric].idxmax()]
+            text, place = f"α = {end.noise_alpha:g}", {"xytext": (-6, 3), "ha": "right"}
+            if packed:
+                place = {"xytext": (6, -8), "ha": "left"}
+            point = (end.relative_rms, end[metric])
+            axis.annotate(text, point, textcoords="offset points", fontsize=8, **place)
+        axis.set_yscale("symlog", linthresh=1e-3)
+        axis.set(xscale="log", xlim=(0.03, 0.8), title=f"{rows} rows")
+        axis.set_xlabel("noise RMS / embedding RMS")
+        axis.set_xticks([0.05, 0.1, 0.2, 0.5], ["0.05", "0.1", "0.2", "0.5"])
+        axis.minorticks_off()
+    axes[0].set_ylabel("NLL with noise minus without")
+    if table.length.nunique() > 1:
+        axes[1].legend(*axes[0].get_legend_handles_labels(), loc="upper left")
+    figure.suptitle(wrapped(title))
+    return figure
+
+
+@styled
 def false_alarms(table, title):
     """False-alarm rate against seed SD over example SE; one line per number of seeds.
 

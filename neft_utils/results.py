@@ -167,10 +167,14 @@ def caveats(profile, runs):
     and which of the packages that provenance records were not the pinned ones."""
     out = []
     if lost := missing_runs(profile, runs):
+        whole = len(profile.runs()) + 1
+        listed = f"{len(lost)} of {whole} runs are missing, {', '.join(lost)}"
+        if len(lost) > whole / 2:
+            there = ", ".join(f"{arm}-s{seed}" for arm, seed in runs)
+            listed = f"{len(runs)} of {whole} runs are there, {there}"
         out.append(
-            f"Not complete: {len(lost)} of {len(profile.runs()) + 1} runs are missing,"
-            f" {', '.join(lost)}. Arms are compared on the seeds that both have, so a contrast is"
-            " not the difference of two arms' means."
+            f"Not complete: {listed}. Arms are compared on the seeds that both have, so a contrast"
+            " is not the difference of two arms' means."
         )
     wanted = pins()
     other = {

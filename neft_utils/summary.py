@@ -14,7 +14,7 @@ import pandas as pd
 
 from neft_utils import published
 from neft_utils.bench import table as speed_table
-from neft_utils.claims import only_alpha
+from neft_utils.claims import dose, only_alpha
 from neft_utils.config import BASE, NOTEBOOKS, REFERENCE, STEPS, ConfigError, Paths, load_profile
 from neft_utils.expected import duration, how_long, notebook_seconds
 from neft_utils.pages import claim_of
@@ -224,6 +224,30 @@ def curve(folder):
     return "\n".join([*lines, *_notes(folder)]) + "\n"
 
 
+def rules(folder):
+    """Noise scaled by other lengths beside the paper's: how much arrives, and what it does.
+
+    A row an arm, means over its seed pairs.
+    """
+    profile, runs = load_profile(folder.name), load_runs(folder / "runs")
+    found = dose(runs, pd.read_csv(folder / "tables/by_seed.csv"), profile)
+    names = ("noise_alpha", "effective_alpha", "relative_rms", "train_nll", "test_nll")
+    means = (
+        found.groupby(["length", "arm"])[list(names)]
+        .mean()
+        .assign(pairs=found.groupby(["length", "arm"]).size())
+        .reset_index()
+    )
+    heads = "length rule | α | α that arrives, median | noise RMS / embedding RMS | pairs"
+    heads += " | training loss minus control | test loss minus control"
+    lines = [f"| {heads} |", "|---" * 7 + "|"]
+    for row in means.sort_values("relative_rms").itertuples():
+        share, losses = f"{row.relative_rms:.2f}", f"{row.train_nll:+.4f} | {row.test_nll:+.4f}"
+        sizes = f"{row.noise_alpha:g} | {row.effective_alpha:.1f} | {share} | {row.pairs}"
+        lines.append(f"| {row.length} | {sizes} | {losses} |")
+    return "\n".join([*lines, *_notes(folder)]) + "\n"
+
+
 def notebooks(folder):
     """Index of the notebooks: title, claim, executed copy in `folder`, and how long it took."""
     paths, treatment = (
@@ -252,7 +276,8 @@ def speed(folder):
 
 
 BLOCKS = {
-    f.__name__: f for f in (headline, certainty, length, cost, evidence, curve, notebooks, speed)
+    f.__name__: f
+    for f in (headline, certainty, length, cost, evidence, curve, rules, notebooks, speed)
 }
 
 
