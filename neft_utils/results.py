@@ -167,10 +167,11 @@ def caveats(profile, runs):
     and which of the packages that provenance records were not the pinned ones."""
     out = []
     if lost := missing_runs(profile, runs):
-        whole = len(profile.runs()) + 1
+        models = [(BASE, 0), *profile.runs()]
+        whole = len(models)
         listed = f"{len(lost)} of {whole} runs are missing, {', '.join(lost)}"
         if len(lost) > whole / 2:
-            there = ", ".join(f"{arm}-s{seed}" for arm, seed in runs)
+            there = ", ".join(f"{arm}-s{seed}" for arm, seed in models if (arm, seed) in runs)
             listed = f"{len(runs)} of {whole} runs are there, {there}"
         out.append(
             f"Not complete: {listed}. Arms are compared on the seeds that both have, so a contrast"
