@@ -53,7 +53,7 @@ report: env  ## a static HTML site of the results, index.html and a page a noteb
 
 test: env  ## lint, unit tests and the smoke chain
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: env  ## also what is slow or needs a GPU, Slurm or the network
 	@$(BIN)/python -m pytest -m ""

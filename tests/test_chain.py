@@ -1,4 +1,4 @@
-"""The commands as a user runs them: the nano and smoke chains, interrupted and misused.
+"""The commands as a user runs them: the nano chain, interrupted and misused.
 
 Everything happens in copies of the repository in temporary folders, started from another
 working directory; only the downloaded wheels and converted models are shared.
@@ -16,7 +16,6 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
-from nbclient import NotebookClient
 
 from neft_utils.config import NOTEBOOKS, STEPS
 from neft_utils.provenance import ROOT
@@ -358,31 +357,6 @@ def test_figures_are_made_again_from_stored_results(nano):
     assert done.returncode == 0, done.stderr
     assert (results / "figures" / "05_confirmatory.png").exists()
     assert (results / "tables" / "main.csv").read_bytes() == before
-
-
-@pytest.mark.wheels
-def test_smoke_chain_then_every_notebook_by_hand(tmp_path, monkeypatch):
-    """Real model and data, then each notebook in Jupyter's way: own folder, defaults."""
-    folder = copy_of_the_repository(tmp_path)
-    done = neft(folder, "reproduce", "--profile", "smoke", timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
-    claims = json.loads((folder / "results/local/smoke/claims.json").read_text("utf-8"))
-    assert claims[0]["id"] == "confirmatory" and claims[0]["estimate"] is not None
-    assert claims[0]["verdict"].startswith("not testable here")  # one seed
-    noise = json.loads(
-        (folder / "results/local/smoke/runs/neft_a15-s0/noise.json").read_text("utf-8")
-    )
-    assert noise["effective_alpha_p50"] == 15 and 0.1 < noise["relative_rms"] < 1
-    for name, value in surroundings(folder, OMP_NUM_THREADS="2").items():
-        monkeypatch.setenv(name, value)
-    for path in sorted((folder / "notebooks").glob("*.ipynb")):
-        notebook = nbformat.read(path, as_version=4)
-        NotebookClient(
-            notebook,
-            timeout=600,
-            kernel_name="python3",
-            resources={"metadata": {"path": str(path.parent)}},
-        ).execute()
 
 
 def git(folder, *arguments):

@@ -131,6 +131,7 @@ def test_a_failing_forward_leaves_the_head_in_place(encoded):
     assert model(input_ids=torch.tensor([[1, 2]])).logits.shape == (1, 2, 258)
 
 
+@pytest.mark.filterwarnings("ignore:.lora_bias=True. was passed")  # by PEFT, beside the test
 @pytest.mark.parametrize("case", ["disabled", "merged", "dora", "lora_bias", "dropout", "two"])
 def test_what_is_not_plain_is_left_to_peft(case):
     changes = {

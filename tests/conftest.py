@@ -1,0 +1,20 @@
+"""What `make test` needs to run files side by side."""
+
+import os
+import signal
+
+# Longest first, so that no core idles at the end. The smoke chain fetches what others then use.
+LONG = ["test_smoke.py", "test_chain.py", "test_faults.py", "test_scale.py", "test_bench_gpu.py"]
+
+if SIDE_BY_SIDE := "PYTEST_XDIST_WORKER" in os.environ:
+    # Read when torch is imported: threads of processes that share cores wait for each other.
+    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a script's background job; tests use it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items):
+    if SIDE_BY_SIDE:
+        place = {name: n for n, name in enumerate(LONG)}
+        items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
