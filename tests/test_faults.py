@@ -52,16 +52,8 @@ MOMENTS = [
     ("05_compare_and_plot", 1.0),
     ("90_exercise_solutions", 3.0),
 ]
-ALWAYS = {"baseline-s0/provenance.json", "neft_a15-s0/generations.jsonl", "03_finetune_qlora 4.0"}
-
-
-def point(value, name):
-    marks = [] if name in ALWAYS else [pytest.mark.faults]
-    return pytest.param(value, marks=marks, id=name)
-
-
-POINTS = [point((one, None), one) for one in WRITES]
-POINTS += [point((name, delay), f"{name} {delay}") for name, delay in MOMENTS]
+POINTS = {one: (one, None) for one in WRITES}
+POINTS |= {f"{name} {delay}": (name, delay) for name, delay in MOMENTS}
 
 
 @pytest.fixture(scope="module")
@@ -109,23 +101,43 @@ def finishes(folder, profile, whole):
     assert not list(results.glob("notebooks/.*.ipynb"))
 
 
-@pytest.mark.parametrize("where", POINTS)
-def test_killed_there_the_next_call_finishes_with_the_same_bits(where, whole, tmp_path):
-    name, delay = where
-    folder, profile = copy_of_the_repository(tmp_path), mine(tmp_path, seeds=[0])
-    (folder / "sitecustomize.py").write_text(HOOK)
-    flag = tmp_path / "reached"
+def killed(point, folder, profile):
+    """Start the chain there and kill it at that point."""
+    name, delay = POINTS[point]
+    hook, flag = folder / "sitecustomize.py", folder / "reached"
+    hook.write_text(HOOK)
     if delay is None:
         process = start(folder, profile, FAULT_AT=name, FAULT_FLAG=str(flag))
         wait_until(flag.exists, process)
     else:
-        process = start(folder, profile)
         begun = folder / "results/local/mine/notebooks"
-        wait_until(lambda: list(begun.glob(f".{name}*")), process)
+        earlier = set(begun.glob(".*"))  # of calls that were killed
+        process = start(folder, profile)
+        wait_until(lambda: set(begun.glob(f".{name}*")) - earlier, process)
         time.sleep(delay)
     kill_all(process.pid)
     process.wait()
-    (folder / "sitecustomize.py").unlink()
+    hook.unlink()
+    flag.unlink(missing_ok=True)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("point", POINTS)
+def test_killed_there_the_next_call_finishes_with_the_same_bits(point, whole, tmp_path):
+    folder, profile = copy_of_the_repository(tmp_path), mine(tmp_path, seeds=[0])
+    killed(point, folder, profile)
+    finishes(folder, profile, whole)
+
+
+def test_killed_again_and_again_it_still_ends_with_the_same_bits(whole, tmp_path):
+    """In every run of the tests, each of the twenty points by itself in make test-faults."""
+    folder, profile = copy_of_the_repository(tmp_path), mine(tmp_path, seeds=[0])
+    for point in (
+        "baseline-s0/provenance.json",
+        "03_finetune_qlora 4.0",
+        "neft_a15-s0/generations.jsonl",
+    ):
+        killed(point, folder, profile)
     finishes(folder, profile, whole)
 
 
