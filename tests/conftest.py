@@ -1,4 +1,4 @@
-"""What `make test` needs to run files side by side."""
+"""What `make test` needs to run files side by side, and its last line."""
 
 import os
 import signal
@@ -18,3 +18,9 @@ def pytest_collection_modifyitems(items):
     if SIDE_BY_SIDE:
         place = {name: n for n, name in enumerate(LONG)}
         items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
+
+
+def pytest_terminal_summary(terminalreporter):
+    count = {kind: len(rows) for kind, rows in terminalreporter.stats.items()}
+    failed = count.get("failed", 0) + count.get("error", 0)
+    terminalreporter.write_line(f"{count.get('passed', 0)} passed, {failed} failed")
