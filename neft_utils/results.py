@@ -191,15 +191,18 @@ def caveats(profile, runs):
     }
     if other:
         out.append(f"Other versions than the pinned ones: {', '.join(sorted(other))}.")
-    answered = [run for run in runs.values() if len(run["generations"])]
-    # Before there was a choice, transformers answered.
-    engines = {run["scores"]["provenance"].get("answer_engine", "transformers") for run in answered}
+    engines = {engine_of(run) for run in runs.values() if len(run["generations"])}
     if len(engines) > 1:
         out.append(
             f"Answers of different engines ({', '.join(sorted(engines))}), which round differently:"
             " runs differ by that too."
         )
     return out
+
+
+def engine_of(run):
+    """What answered a run's prompts; transformers, before there was a choice."""
+    return run["scores"]["provenance"].get("answer_engine", "transformers")
 
 
 def by_seed(runs, decoding):
@@ -217,6 +220,8 @@ def by_seed(runs, decoding):
         row["answer_seconds"] = scores["provenance"]["phase_seconds"]["answers"] or None
         if {"test_long_prompt", "test_min_tokens", "test_cut"} & _sets(run["generations"]):
             row["answer_seconds"] = None  # the control answered more than the others
+        if engine_of(run) != "transformers":
+            row["answer_seconds"] = None  # looked up: one engine answered for all runs at once
         if run["log"] is not None:
             row["best_validation_nll"] = run["log"].validation_nll.min()
             row["train_seconds"] = run["provenance"]["train_seconds"]

@@ -8,12 +8,14 @@ this package.
 import json
 import os
 import sys
+import threading
+import time
 
 # Before vLLM is imported. One process, so that the class below needs no name to be imported by;
 # the runner whose interface for it is documented.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-os.environ["VLLM_NO_USAGE_STATS"] = "1"
+os.environ["VLLM_NO_USAGE_STATS"] = os.environ["HF_HUB_OFFLINE"] = "1"  # all that it needs is here
 
 import torch
 import vllm
@@ -77,7 +79,15 @@ class RepetitionPenalty(LogitsProcessor):
         return logits
 
 
+def end_with(parent):
+    """No orphan shall hold a GPU when the step that asked has been killed."""
+    while os.getppid() == parent:
+        time.sleep(2)
+    os._exit(1)
+
+
 def main(job, answers):
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     with open(job, encoding="utf-8") as file:
         job = json.load(file)
     adapters = job["adapters"]
