@@ -51,11 +51,11 @@ promote: env  ## copy a complete run at a clean commit to results/reference (PAR
 report: env  ## a static HTML site of the results, index.html and a page a notebook
 	@$(NEFT) report $(WITH)
 
-test: env  ## lint, unit tests and the smoke chain
+test: env  ## lint, unit tests, nano and smoke chain (a quarter of an hour on 2 cores)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-all: env  ## also what is slow or needs a GPU, Slurm or the network
+test-all: env  ## also what is slow or needs a GPU, Slurm, vLLM or the network
 	@$(BIN)/python -m pytest -m ""
 
 test-faults: env  ## kill the nano chain at twenty points, fill its disk, interrupt it (half an hour)

@@ -218,6 +218,26 @@ def test_the_answers_of_the_promoted_runs_are_counted_as_they_say(stored):
 # ------------------------------------------------------------------------ runs are missing
 
 
+def test_the_dose_again_with_pandas_alone(kept):
+    profile, folder = kept
+    runs = results.load_runs(folder / "runs")
+    found = claims.dose(runs, pd.read_csv(folder / "tables" / "by_seed.csv"), profile)
+    for row in found.itertuples():
+        control = profile.control_of(row.arm)
+        sides = [
+            pd.read_csv(folder / "runs" / f"{arm}-s{row.seed}" / "losses.csv")
+            for arm in (row.arm, control)
+        ]
+        noisy, plain = (side.groupby("split").nll.mean() for side in sides)
+        for split in ("train", "test"):
+            delta = noisy[split] - plain[split]
+            assert getattr(row, f"{split}_nll") == pytest.approx(delta, abs=1e-12)
+        noise = json.loads((folder / "runs" / f"{row.arm}-s{row.seed}/noise.json").read_text())
+        assert row.relative_rms == noise["relative_rms"]
+    noisy = {(arm, s) for arm, s in runs if arm != BASE and profile.arms[arm].noise_alpha}
+    assert set(zip(found.arm, found.seed, strict=True)) <= noisy and len(found)
+
+
 def test_a_reference_is_not_partial_too():
     assert not {path.parent.name for path in PARTIAL} & {path.parent.name for path in STORED}
 

@@ -7,8 +7,8 @@ import shutil
 import pandas as pd
 import pytest
 
-from neft_utils import expected, published, results, summary
-from neft_utils.config import BASE, REFERENCE, ConfigError, Paths
+from neft_utils import claims, expected, published, results, summary
+from neft_utils.config import BASE, REFERENCE, ConfigError, Paths, load_profile
 from neft_utils.provenance import ROOT
 
 README = (ROOT / "README.md").read_text("utf-8")
@@ -104,6 +104,23 @@ def test_every_block_of_the_readme_is_what_the_files_say():
     assert README.count("<!-- /") == len(found)  # none is left open or misspelt
     for match in found:
         assert match[4] == summary.BLOCKS[match[2]](summary._reference(match[3])), match[2]
+
+
+def kept_dose(folder):
+    profile, runs = load_profile(folder.name), results.load_runs(folder / "runs")
+    found = claims.dose(runs, pd.read_csv(folder / "tables/by_seed.csv"), profile)
+    return found.groupby("arm")[["train_nll", "test_nll"]].mean()
+
+
+def test_what_the_readme_says_in_words_is_what_the_numbers_say():
+    """More rows: same sign, smaller. A packed row's α = 45 does what a sequence's 10 does."""
+    rows, more = (kept_dose(ROOT / REFERENCE / name) for name in ("cpu-long", "gpu-small"))
+    assert "has the same sign and is smaller" in README
+    assert 0 < more.test_nll["neft_a15"] < rows.test_nll["neft_a15"]
+    assert "α = 45 over a packed row does what α = 10 does over each\nsequence" in README
+    packed = kept_dose(summary._reference("gpu-ablations")).loc["packed_a45"]
+    for metric in ("train_nll", "test_nll"):
+        assert abs(packed[metric] - more[metric]["neft_a10"]) < 2e-4 < more[metric]["neft_a30"]
 
 
 def test_a_stale_block_is_written_anew(monkeypatch, tmp_path):
