@@ -35,7 +35,12 @@ def test_runs_go_side_by_side_on_a_card_as_asked_and_as_memory_allows(tmp_path, 
     small = dataclasses.replace(GPU, gpu_memory_gb=6.0, memory_gb=2.0)
     assert workflow.workers(small, 5) == 5  # `make plan` for another machine
     card(tmp_path, monkeypatch, 24576)
-    assert [workflow.workers(small, cores) for cores in (None, 2, 9)] == [1, 2, 4]
+    assert [workflow.workers(small, cores) for cores in (1, 2, 9)] == [1, 2, 4]
+    monkeypatch.setattr(preflight, "cores", lambda: 3)
+    assert workflow.workers(small) == 3 and workflow.workers(GPU) == 1  # a large model fills a card
+    monkeypatch.setattr(preflight, "cores", lambda: 64)
+    roomy = dataclasses.replace(small, memory_gb=0.5, gpu_memory_gb=1.0)
+    assert workflow.workers(small) == 4 and workflow.workers(roomy) == 9
     assert workflow.workers(dataclasses.replace(small, memory_gb=7.0), 9) == 2
     assert workflow.workers(dataclasses.replace(small, gpu_memory_gb=0.0), 9) == 1
     assert workflow.workers(dataclasses.replace(NANO, memory_gb=20.0), 9) == 1
