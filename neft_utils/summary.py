@@ -231,13 +231,9 @@ def rules(folder):
     """
     profile, runs = load_profile(folder.name), load_runs(folder / "runs")
     found = dose(runs, pd.read_csv(folder / "tables/by_seed.csv"), profile)
-    names = ("noise_alpha", "effective_alpha", "relative_rms", "train_nll", "test_nll")
-    means = (
-        found.groupby(["length", "arm"])[list(names)]
-        .mean()
-        .assign(pairs=found.groupby(["length", "arm"]).size())
-        .reset_index()
-    )
+    names = ["noise_alpha", "effective_alpha", "relative_rms", "train_nll", "test_nll"]
+    arms = found.groupby(["length", "arm"])
+    means = arms[names].mean().assign(pairs=arms.size()).reset_index()
     heads = "length rule | α | α that arrives, median | noise RMS / embedding RMS | pairs"
     heads += " | training loss minus control | test loss minus control"
     lines = [f"| {heads} |", "|---" * 7 + "|"]

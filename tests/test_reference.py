@@ -13,8 +13,6 @@ from neft_utils.config import BASE, Paths, load_profile
 from neft_utils.provenance import ROOT
 
 STORED = sorted((ROOT / "results" / "reference").glob("*/claims.json"))
-
-
 PARTIAL = sorted((ROOT / "results" / "partial").glob("*/claims.json"))
 
 
@@ -215,9 +213,6 @@ def test_the_answers_of_the_promoted_runs_are_counted_as_they_say(stored):
         assert math.isclose(shown, mean)
 
 
-# ------------------------------------------------------------------------ runs are missing
-
-
 def test_the_dose_again_with_pandas_alone(kept):
     profile, folder = kept
     runs = results.load_runs(folder / "runs")
@@ -236,6 +231,9 @@ def test_the_dose_again_with_pandas_alone(kept):
         assert row.relative_rms == noise["relative_rms"]
     noisy = {(arm, s) for arm, s in runs if arm != BASE and profile.arms[arm].noise_alpha}
     assert set(zip(found.arm, found.seed, strict=True)) <= noisy and len(found)
+
+
+# ------------------------------------------------------------------------ runs are missing
 
 
 def test_a_reference_is_not_partial_too():

@@ -71,7 +71,7 @@ def test_an_engine_that_fails_is_one_line_with_its_own_last_word(absent, tmp_pat
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Places with one run, and the control's answers that its own are cut to."""
+    """Places with a run of each arm, the control first: answers are cut to its length."""
     folder = tmp_path_factory.mktemp("vllm")
     prepare(PROFILE, folder / "processed")
     paths = places(PROFILE, folder / "results", folder / "processed")
