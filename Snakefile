@@ -47,9 +47,9 @@ def control(wildcards):
     return str(PATHS.run(arm, seed) / "generations.jsonl") if (arm, seed) in RUNS else []
 
 
-def stored(wildcards):
-    run = wildcards.arm, int(wildcards.seed)
-    return str(PATHS.stored_answers(*run)) if run in VLLM else []
+def stored(arm, seed):
+    """A run's answers from vLLM, where it has any."""
+    return [str(PATHS.stored_answers(arm, seed))] if (arm, seed) in VLLM else []
 
 
 wildcard_constraints:
@@ -117,7 +117,9 @@ if VLLM:
 
 
 rule evaluate:
-    input: f"{R}/runs/{{arm}}-s{{seed}}/{PROFILE.weights}", *DATA[1:4], control, stored,
+    input:
+        f"{R}/runs/{{arm}}-s{{seed}}/{PROFILE.weights}", *DATA[1:4], control,
+        lambda wildcards: stored(wildcards.arm, int(wildcards.seed)),
     output:
         *[f"{R}/runs/{{arm}}-s{{seed}}/{name}" for name in ITEMS],
         f"{R}/notebooks/04_evaluate__{{arm}}-s{{seed}}.ipynb",
@@ -129,7 +131,7 @@ rule evaluate:
 
 # The untrained model has no adapter to wait for, and says itself what it is.
 rule evaluate_base:
-    input: *DATA, *([str(PATHS.stored_answers(BASE, 0))] if VLLM else []),
+    input: *DATA, *stored(BASE, 0),
     output:
         *[f"{R}/runs/{BASE}-s0/{name}" for name in (*ITEMS, "config.json", "provenance.json")],
         f"{R}/notebooks/04_evaluate__{BASE}-s0.ipynb",
