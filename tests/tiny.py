@@ -6,9 +6,14 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from neft_utils import config, data, train
-from neft_utils import model as m
-from neft_utils.config import Model
+from neft_utils.base.paths import Paths
+from neft_utils.base.profiles import Model
+from neft_utils.data import splits
+from neft_utils.train import trainer
+from neft_utils.train.base_models import load_base, load_tokenizer
+from neft_utils.train.encoding import count_tokens
+from neft_utils.train.finetune import finetune
+from neft_utils.train.trainer import build_trainer
 
 
 def lively_nano():
@@ -16,7 +21,7 @@ def lively_nano():
 
     As initialised it repeats one byte for ever, whatever the prompt.
     """
-    model = m.load_base(Model(source="nano"), "bf16").float()
+    model = load_base(Model(source="nano"), "bf16").float()
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
@@ -28,7 +33,7 @@ def silent(text):
     pass
 
 
-class Places(config.Paths):
+class Places(Paths):
     """Paths with the processed data elsewhere."""
 
     @property
@@ -45,8 +50,8 @@ def places(profile, out, processed):
 
 def prepare(profile, folder):
     """Write a profile's processed data to `folder`."""
-    count = m.count_tokens(m.load_tokenizer(profile.model))
-    data.prepare(profile.data, profile.all_seeds(), folder, count)
+    count = count_tokens(load_tokenizer(profile.model))
+    splits.prepare(profile.data, profile.all_seeds(), folder, count)
 
 
 class Cut(TrainerCallback):
@@ -65,9 +70,9 @@ def saving(profile, **recipe):
 
 def cut_run(profile, arm, paths, monkeypatch):
     """Train seed 0 of an arm until it is cut; returns the folder with its checkpoints."""
-    build = train.build_trainer
+    build = build_trainer
     with monkeypatch.context() as patch:
-        patch.setattr(train, "build_trainer", lambda *a: build(*a[:5], [*a[5], Cut()], a[6]))
+        patch.setattr(trainer, "build_trainer", lambda *a: build(*a[:5], [*a[5], Cut()], a[6]))
         with pytest.raises(KeyboardInterrupt):
-            train.finetune(profile, arm, 0, paths, silent)
+            finetune(profile, arm, 0, paths, silent)
     return next((paths.run(arm, 0) / "trainer").iterdir())

@@ -1,0 +1,1 @@
+"""What every room stands on: profiles, paths, files, the hub."""

@@ -1,0 +1,1 @@
+"""Many runs: statistics, tables, claims, published answers, figures."""

@@ -1,0 +1,343 @@
+"""One function per figure: the finding as title, seeds as points, baseline grey.
+
+Every figure is saved as PNG and SVG under the number of the notebook that makes it; the look
+is that of `run_plots`.
+"""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.ticker import MaxNLocator
+
+from neft_utils.base.paths import BASE
+from neft_utils.compare.run_plots import BASELINE, COLOURS, UNTRAINED, styled, wrapped
+
+
+def save(figure, folder, name, alt):
+    """Save as <folder>/<name>.png and .svg, alt text inside, and close it.
+
+    Returns the PNG as an IPython image: at the end of a cell it shows what was saved.
+    """
+    from IPython.display import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    # No dates: the same numbers shall give the same bytes.
+    figure.savefig(folder / f"{name}.png", metadata={"Description": alt, "Software": None})
+    figure.savefig(folder / f"{name}.svg", metadata={"Description": alt, "Date": None})
+    plt.close(figure)
+    return Image(filename=str(folder / f"{name}.png"), width=640, alt=alt)
+
+
+def colour_of(arm, arms, control):
+    """Grey for the control, light grey for the untrained base, a colour per other arm."""
+    if arm in (BASE, control):
+        return UNTRAINED if arm == BASE else BASELINE
+    others = [name for name in arms if name not in (BASE, control)]
+    return COLOURS[others.index(arm) % len(COLOURS)]
+
+
+@styled
+def noise_energy(lengths, sizes, energies, noise_alpha):
+    """Squared noise norm of a sequence against its length, one marker per embedding size."""
+    figure, axis = plt.subplots()
+    for marker, size in zip("osD^", sizes, strict=False):
+        axis.plot(
+            lengths, energies[size], marker, label=f"d = {size}", color=COLOURS[sizes.index(size)]
+        )
+    expected = noise_alpha**2 / 3
+    axis.axhline(expected, color="black", linewidth=1)
+    axis.annotate(
+        f"α²/3 = {expected:.2f}", (lengths[0], expected), (0, 5), textcoords="offset points"
+    )
+    axis.set(
+        xscale="log",
+        ylim=(0, 1.4 * expected),
+        xlabel="tokens in the sequence, L",
+        ylabel="‖noise‖² over the sequence",
+        title="The noise has the same energy for every length and width",
+    )
+    axis.legend(loc="lower right", ncols=len(sizes))
+    return figure
+
+
+@styled
+def effective_alpha(lengths, widths, noise_alpha):
+    """Share of the intended α that a sequence gets when L is the width of its batch row."""
+    figure, axis = plt.subplots()
+    grid = np.arange(16, 513)
+    for colour, width in zip(COLOURS, widths, strict=False):
+        values = noise_alpha * np.sqrt(np.minimum(grid / width, 1))
+        axis.plot(
+            grid[grid <= width], values[grid <= width], color=colour, label=f"row of {width} tokens"
+        )
+    axis.axhline(noise_alpha, color=BASELINE, label="paper: each sequence's own L")
+    low, high = np.quantile(lengths, [0.05, 0.95])
+    axis.axvspan(low, high, color="#F0F0F0", zorder=0)
+    axis.annotate("90 % of our\nexamples", (low + 4, 0.2), fontsize=9)
+    axis.set(
+        xlabel="tokens in the sequence",
+        ylabel="effective α",
+        ylim=(0, noise_alpha * 1.1),
+        title=f"Batch width in place of length weakens α = {noise_alpha:g}",
+    )
+    axis.legend(fontsize=9, loc="lower right")
+    return figure
+
+
+@styled
+def library_rules(table, noise_alpha):
+    """Median and p10-p90 of effective α by rule; table: one row a rule, columns p10, p50, p90."""
+    figure, axis = plt.subplots()
+    places = np.arange(len(table))[::-1]
+    low, middle, high = np.maximum(table.to_numpy().T, 0.01)  # a log axis has no zero
+    axis.axvline(noise_alpha, color=BASELINE, linewidth=1)
+    axis.hlines(places, low, high, color=COLOURS[0], linewidth=3)
+    axis.plot(middle, places, "o", color="black")
+    for place, value in zip(places, table.iloc[:, 1], strict=True):
+        axis.annotate(
+            f"{value:.3g}",
+            (max(value, 0.01), place),
+            (0, 6),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+        )
+    axis.set_yticks(places, table.index)
+    axis.set(
+        xscale="log",
+        xlabel=f"effective α for α = {noise_alpha:g}, median and p10 to p90",
+        ylim=(-0.6, len(table) - 0.3),
+        title="One α, seven strengths of noise",
+    )
+    return figure
+
+
+@styled
+def learning_curves(runs, controls, control, title):
+    """Clean validation NLL after each epoch: every run, and every seed pair's difference.
+
+    Arms lie close together beside what training does, so the second panel subtracts the run of
+    the same seed of the arm's own control. runs: from `results.load_runs`; controls: {arm: the
+    arm that it is compared with}; control: the confirmatory one, drawn grey.
+    """
+    arms = list(controls)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.8))
+    curves = {
+        key: run["log"].dropna(subset="validation_nll").set_index("epoch").validation_nll
+        for key, run in runs.items()
+        if run["log"] is not None and key[0] in arms
+    }
+    for (arm, seed), curve in curves.items():
+        style = {"color": colour_of(arm, arms, control), "alpha": 0.75, "markersize": 4}
+        left.plot(curve.index, curve, "o-", **style)
+        own = (controls[arm], seed)
+        if arm not in controls.values() and own in curves:
+            difference = curve - curves[own]
+            right.plot(difference.index, difference, "o-", **style)
+    for arm in arms:
+        left.plot([], [], "o-", color=colour_of(arm, arms, control), label=arm)
+    right.axhline(0, color=BASELINE, linewidth=1)
+    left.set(ylabel="validation NLL, noise off (nats/token)")
+    right.set(ylabel="NLL minus control, same seed")
+    for axis in (left, right):
+        axis.set(xlabel="epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    left.legend()
+    figure.suptitle(wrapped(title), x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+@styled
+def seed_deltas(deltas, interval, title, ylabel):
+    """Per-seed mean differences as points beside the mean with its interval; zero is no effect."""
+    figure, axis = plt.subplots()
+    means = deltas.groupby("seed").delta.mean()
+    axis.axhline(0, color=BASELINE, linewidth=1)
+    axis.plot(range(len(means)), means, "o", color=COLOURS[0])
+    few = len(means) <= 6  # else the labels run into each other
+    labels = [f"seed {seed}" if few else str(seed) for seed in means.index]
+    axis.set_xticks([*range(len(means)), len(means)], [*labels, "mean"])
+    axis.set_xlabel("" if few else "seed")
+    where = len(means)
+    if np.isfinite(interval.ci_low):
+        axis.plot([where, where], [interval.ci_low, interval.ci_high], color="black", linewidth=2)
+    axis.plot(where, interval.estimate, "D", color="black")
+    if np.isfinite(interval.detectable):
+        axis.axhspan(-interval.detectable, interval.detectable, color="#F0F0F0", zorder=0)
+        axis.annotate(
+            "grey: smaller than this design detects (80 % power)",
+            (0.01, 0.02),
+            xycoords="axes fraction",
+            fontsize=8,
+        )
+    axis.set(title=wrapped(title), ylabel=ylabel, xlim=(-0.5, where + 0.5))
+    return figure
+
+
+@styled
+def arms_by_seed(seeds, metric, arms, control, title, ylabel):
+    """One metric, one column per arm: seeds as points, their mean as a bar."""
+    figure, axis = plt.subplots()
+    names = [arm for arm in arms if seeds[seeds.arm == arm][metric].notna().any()]
+    for place, arm in enumerate(names):
+        values = seeds[seeds.arm == arm][metric].dropna()
+        colour = colour_of(arm, arms, control)
+        axis.plot(np.full(len(values), place), values, "o", color=colour, alpha=0.8)
+        axis.plot([place - 0.25, place + 0.25], [values.mean()] * 2, color=colour, linewidth=3)
+    axis.set_xticks(range(len(names)), names)
+    axis.set(title=wrapped(title), ylabel=ylabel, xlim=(-0.6, len(names) - 0.4))
+    return figure
+
+
+@styled
+def dose(table, title):
+    """What noise does to both losses against the noise that arrives: a point a run, by length rule.
+
+    table: `claims.dose`. Axes are linear below 0.001 nats, so that no effect has a place.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.8), sharey=True)
+    marks = {
+        "sequence": ("o", COLOURS[0]),
+        "padded": ("s", COLOURS[1]),
+        "packed": ("^", COLOURS[2]),
+    }
+    for axis, metric, rows in zip(
+        axes, ("train_nll", "test_nll"), ("training", "test"), strict=True
+    ):
+        axis.axhline(0, color=BASELINE, linewidth=1)
+        for rule, (marker, colour) in marks.items():
+            some = table[table.length == rule]
+            axis.plot(some.relative_rms, some[metric], marker, color=colour, label=f"L: {rule}")
+        for _, some in table.groupby("arm"):
+            packed = some.length.iloc[0] == "packed"  # as much arrives as of a smaller padded α
+            end = some.loc[some[metric].idxmin() if packed else some[metric].idxmax()]
+            text, place = f"α = {end.noise_alpha:g}", {"xytext": (-6, 3), "ha": "right"}
+            if packed:
+                place = {"xytext": (6, -8), "ha": "left"}
+            point = (end.relative_rms, end[metric])
+            axis.annotate(text, point, textcoords="offset points", fontsize=8, **place)
+        axis.set_yscale("symlog", linthresh=1e-3)
+        axis.set(xscale="log", xlim=(0.03, 0.8), title=f"{rows} rows")
+        axis.set_xlabel("noise RMS / embedding RMS")
+        axis.set_xticks([0.05, 0.1, 0.2, 0.5], ["0.05", "0.1", "0.2", "0.5"])
+        axis.minorticks_off()
+    axes[0].set_ylabel("NLL with noise minus without")
+    if table.length.nunique() > 1:
+        axes[1].legend(*axes[0].get_legend_handles_labels(), loc="upper left")
+    figure.suptitle(wrapped(title))
+    return figure
+
+
+@styled
+def false_alarms(table, title):
+    """False-alarm rate against seed SD over example SE; one line per number of seeds.
+
+    table: `stats.type_one_error_table`. Solid: our interval; dashed: the crossed bootstrap.
+    """
+    figure, axis = plt.subplots()
+    for colour, (n_seeds, rows) in zip(COLOURS, table.groupby("n_seeds"), strict=False):
+        axis.plot(rows.ratio, rows.confirmatory, "o-", color=colour, label=f"{n_seeds} seeds")
+        axis.plot(rows.ratio, rows.crossed_bootstrap, "s--", color=colour, markersize=4)
+    axis.axhline(0.05, color="black", linewidth=1)
+    axis.set(xlabel="spread between seeds / standard error from examples", ylim=(0, None))
+    axis.set(ylabel="intervals that exclude zero, no effect")
+    axis.plot([], [], "k-", label="our interval")
+    axis.plot([], [], "k--", label="crossed bootstrap")
+    axis.legend(ncols=2)
+    axis.set_title(wrapped(title))
+    return figure
+
+
+@styled
+def ledger(rows):
+    """Claims with an interval: estimate over detectable effect, filled where detected."""
+    shown = [row for row in rows if row["ci_low"] is not None and row["detectable"]]
+    figure, axis = plt.subplots(figsize=(6.4, 1.2 + 0.32 * max(len(shown), 3)))
+    for place, row in enumerate(reversed(shown)):
+        low, mean, high = (row[n] / row["detectable"] for n in ("ci_low", "estimate", "ci_high"))
+        detected = row["verdict"].startswith("detected")
+        colour = COLOURS[0] if detected else BASELINE
+        axis.plot([low, high], [place, place], color=colour, linewidth=2)
+        face = colour if detected else "white"
+        axis.plot(mean, place, "o", color=colour, markerfacecolor=face)
+    axis.axvline(0, color="black", linewidth=1)
+    axis.set_yticks(range(len(shown)), [f"{r['id']} ({r['metric']})" for r in reversed(shown)])
+    axis.set_xlabel("difference / smallest effect that could be seen")
+    found = sum(row["verdict"].startswith("detected") for row in shown)
+    axis.set_title(wrapped(f"{found} of {len(shown)} testable claims show a difference"))
+    return figure
+
+
+@styled
+def leaderboard(pairs, labels):
+    """Raw and length-controlled win-rate differences of published pairs, in points."""
+    figure, axis = plt.subplots()
+    places = np.arange(len(pairs))
+    for shift, kind, colour in ((-0.2, "raw", COLOURS[0]), (0.2, "length_controlled", COLOURS[1])):
+        heights = [pair[kind][2] for pair in pairs]
+        bars = axis.bar(places + shift, heights, 0.38, color=colour, label=kind.replace("_", "-"))
+        axis.bar_label(bars, fmt="%+.1f", fontsize=9)
+    axis.set_xticks(places, labels)
+    left = pairs[0]["length_controlled"][2] / pairs[0]["raw"][2]
+    title = f"{labels[0].splitlines()[0]}: {left:.0%} of the raw gain is left at equal length"
+    axis.set(ylabel="win rate with noise minus without (points)", title=wrapped(title))
+    axis.legend()
+    return figure
+
+
+@styled
+def length_views(views):
+    """Every answer to "how much better?" as a point with its interval, in percentage points.
+
+    views: columns view, kind (raw, official, refit, matched), estimate, ci_low, ci_high, n
+    (`published.views`); NaN where there is no interval or number.
+    """
+    shown = views[views.estimate.notna()]
+    figure, axis = plt.subplots(figsize=(6.4, 1.4 + 0.34 * len(shown)))
+    colours = {"raw": "black", "official": COLOURS[1], "refit": COLOURS[0], "matched": COLOURS[2]}
+    places = np.arange(len(shown))[::-1]
+    for place, row in zip(places, shown.itertuples(), strict=True):
+        colour = colours[row.kind]
+        if np.isfinite(row.ci_low):
+            axis.plot([row.ci_low, row.ci_high], [place, place], color=colour, linewidth=2)
+        axis.plot(row.estimate, place, "o", color=colour)
+        number = f"{row.estimate:+.1f}"
+        axis.annotate(number, (row.estimate, place), (0, 5), textcoords="offset points", fontsize=8)
+    axis.axvline(0, color=BASELINE, linewidth=1)
+    counts = ["" if pd.isna(n) else f" (n = {n})" for n in shown.n]
+    axis.set_yticks(places, [view + n for view, n in zip(shown["view"], counts, strict=True)])
+    axis.set(xlabel="win rate with noise minus without (points)", ylim=(-0.6, len(shown) - 0.2))
+    raw = shown[shown.kind == "raw"].estimate.iloc[0]
+    rest = shown[shown.kind != "raw"].estimate
+    gain = f"{rest.min():+.0f} to {rest.max():+.0f}" if len(rest) > 1 else f"{rest.min():+.0f}"
+    how = ", depending on how length is held" if len(rest) > 1 else ""
+    axis.set_title(wrapped(f"{raw:+.0f} points as judged, {gain} at equal length{how}"), x=-0.35)
+    return figure
+
+
+@styled
+def gain_by_length_change(quintiles):
+    """Gain in each group of prompts against how much longer the treatment's answer is.
+
+    quintiles: columns quintile, n, chars_low, chars_high, chars_mean (characters), estimate,
+    ci_low, ci_high (points); see `length_control.by_length_change`.
+    """
+    figure, axis = plt.subplots()
+    axis.axhline(0, color=BASELINE, linewidth=1)
+    axis.vlines(
+        quintiles.chars_mean, quintiles.ci_low, quintiles.ci_high, color=COLOURS[0], linewidth=2
+    )
+    axis.plot(quintiles.chars_mean, quintiles.estimate, "o-", color=COLOURS[0])
+    for row in quintiles.itertuples():
+        label, place = f"{row.estimate:+.0f}", (row.chars_mean, row.estimate)
+        axis.annotate(label, place, (6, -10), textcoords="offset points", fontsize=9)
+    first, last = quintiles.estimate.iloc[[0, -1]]
+    steps = np.diff(quintiles.estimate)
+    word = "grows with" if (steps > 0).all() else "does not simply grow with"
+    axis.set(
+        xlabel="answer with noise minus answer without (characters), mean of each fifth",
+        ylabel="gain in win rate (points)",
+    )
+    title = f"The gain {word} the extra length: {first:+.0f} points in the first fifth of prompts"
+    axis.set_title(wrapped(f"{title}, {last:+.0f} in the last"))
+    return figure

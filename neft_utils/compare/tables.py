@@ -1,0 +1,216 @@
+"""Many runs, one tidy table: per-item files in, means and contrasts of arms out.
+
+The unit is the seed pair: a treatment and a control run that share seed, training subset,
+data order, dropout and LoRA initialisation.
+"""
+
+import dataclasses
+import math
+
+import pandas as pd
+
+from neft_utils.base.strict import ConfigError
+from neft_utils.compare import length_control, stats
+from neft_utils.compare.metrics import JUDGED, METRICS, per_item
+from neft_utils.compare.runs import engine_of
+
+
+def by_seed(runs, decoding):
+    """One row per run: arm, seed and METRICS. decoding: the answers' decoding to report."""
+    rows = []
+    for (arm, seed), run in runs.items():
+        scores, row = run["scores"], {"arm": arm, "seed": seed}
+        for name in METRICS:
+            items = per_item(run, name, decoding)
+            if items is not None:
+                row[name] = items.mean()
+                continue
+            where = f"train/{decoding}/" if name.startswith("train_") else f"{decoding}/"
+            row[name] = scores.get(name, scores.get(where + name.removeprefix("train_")))
+        row["answer_seconds"] = scores["provenance"]["phase_seconds"]["answers"] or None
+        if {"test_long_prompt", "test_min_tokens", "test_cut"} & _sets(run["generations"]):
+            row["answer_seconds"] = None  # the control answered more than the others
+        if engine_of(run) != "transformers":
+            row["answer_seconds"] = None  # looked up: one engine answered for all runs at once
+        if run["log"] is not None:
+            row["best_validation_nll"] = run["log"].validation_nll.min()
+            row["train_seconds"] = run["provenance"]["train_seconds"]
+        rows.append(row)
+    return pd.DataFrame(rows).astype(dict.fromkeys(METRICS, float))
+
+
+def _sets(generations):
+    return set(generations["set"]) if len(generations) else set()
+
+
+def main_table(seeds, arms):
+    """One row per arm: mean over seeds of each metric, its t interval, and n_seeds.
+
+    The intervals say where another seed's run would move the mean, not whether arms differ:
+    arms share their seeds, so compare them by `contrasts`.
+    """
+    rows = []
+    for arm in arms:
+        group = seeds[seeds.arm == arm]
+        row = {"arm": arm}
+        for name in METRICS:
+            values = group[name].dropna().to_numpy()
+            one = stats.seed_interval(values) if len(values) else None
+            row[name] = one.estimate if one else math.nan
+            row[f"{name}_ci_low"] = one.ci_low if one else math.nan
+            row[f"{name}_ci_high"] = one.ci_high if one else math.nan
+        rows.append({**row, "n_seeds": len(group)})
+    return pd.DataFrame(rows)
+
+
+def paired(runs, treatment, controls, name, decoding):
+    """DataFrame seed, example_id, delta: a per-item metric, treatment minus the controls' mean.
+
+    Only seeds that every arm has and that were asked. None if there are none. ConfigError if
+    arms of a seed were asked different items (an answer that a judge left out drops its pair).
+    """
+    frames, arms = [], (treatment, *controls)
+    for seed in _common_seeds(runs, arms):
+        sides = [per_item(runs[arm, seed], name, decoding) for arm in arms]
+        if any(side is None for side in sides):
+            continue
+        if name not in JUDGED and any(set(side.index) != set(sides[0].index) for side in sides):
+            raise ConfigError(f"{name}: {' and '.join(arms)} of seed {seed} have different items")
+        delta = (sides[0] - sum(sides[1:]) / len(controls)).dropna()
+        frames.append(pd.DataFrame({"seed": seed, "example_id": delta.index, "delta": delta.array}))
+    return pd.concat(frames, ignore_index=True) if frames else None
+
+
+def _common_seeds(runs, arms):
+    return sorted(set.intersection(*({s for a, s in runs if a == arm} for arm in arms)))
+
+
+def contrast(runs, seeds, treatment, controls, name, decoding):
+    """stats.Interval of treatment minus the controls' mean in a metric, or None without values.
+
+    Per-item metrics use the two-way interval over seeds and items; others, and train rows (each
+    seed has its own), the t interval over seed pairs.
+    """
+    deltas = paired(runs, treatment, controls, name, decoding)
+    if deltas is not None:
+        whole = deltas.groupby("example_id").seed.transform("size") == deltas.seed.nunique()
+        if whole.any():
+            return stats.confirmatory_interval(deltas[whole])
+    wide = seeds[seeds.arm.isin([treatment, *controls])]
+    wide = wide.pivot(index="seed", columns="arm", values=name)
+    if not {treatment, *controls} <= set(wide.columns):
+        return None
+    wide = wide.dropna()
+    values = (wide[treatment] - wide[list(controls)].mean(axis=1)).to_numpy()
+    return stats.seed_interval(values) if len(values) else None
+
+
+def contrasts(runs, seeds, profile, decoding):
+    """Every arm against its control in every metric: tidy DataFrame with intervals.
+
+    p and verdict are not corrected for how many there are: they say where to look.
+    """
+    rows = []
+    for arm in profile.arms:
+        control = profile.control_of(arm)
+        for name, (unit, _) in METRICS.items() if arm != control else ():
+            interval = contrast(runs, seeds, arm, [control], name, decoding)
+            if interval is not None:
+                rows.append(
+                    {
+                        "treatment": arm,
+                        "control": control,
+                        "metric": name,
+                        "unit": unit,
+                        **dataclasses.asdict(interval),
+                        "p": stats.p_value(interval),
+                        "verdict": stats.verdict(interval, unit=unit),
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def length_views(runs, treatment, control):
+    """Judged preference with length answered every way: DataFrame view, seed, estimate (points).
+
+    Treatment minus control per seed: `raw`, the forms of `length_control` at equal length,
+    `matched_0.5`, and the arms of the paper's Table 5: the control asked for or forced to long
+    answers, the treatment's answers cut to the control's, each minus the plain control. Empty
+    without a judge's preferences.
+    """
+    rows = []
+    for seed in _common_seeds(runs, (treatment, control)):
+        judged = [runs[arm, seed]["preferences"] for arm in (control, treatment)]
+        if any(one.empty for one in judged):
+            continue
+        plain = [
+            one[one["set"] == "test"].rename(columns={"example_id": "prompt_id"}) for one in judged
+        ]
+        pairs = length_control.pair_arms(*plain)
+        rows.append(("raw", seed, length_control.raw_difference(pairs)["estimate"]))
+        for form in length_control.FORMS:
+            low, high = length_control.win_rates_at_equal_length(pairs, form)[0]
+            rows.append((form, seed, high - low))
+        matched = length_control.length_matched(pairs, [0.5]).iloc[0]
+        rows.append(("matched_0.5", seed, matched.estimate))
+        base = plain[0].set_index("prompt_id").preference
+        for name in ("test_long_prompt", "test_min_tokens", "test_cut"):
+            side = judged[name == "test_cut"]
+            other = side[side["set"] == name].set_index("example_id").preference
+            if len(other):
+                rows.append((name, seed, 100 * (other - base).mean()))
+    return pd.DataFrame(rows, columns=["view", "seed", "estimate"])
+
+
+def side_by_side(runs, arms, prompts, longest=500):
+    """Answers of several arms to the shown prompts: DataFrame, a row a prompt, a column an arm.
+
+    arms: names; of each the first seed that answered, which the column names. prompts: texts in
+    the order of the profile's `shown_prompts`. longest: characters after which text is cut.
+    """
+    columns = {}
+    for arm in arms:
+        for (name, seed), run in sorted(runs.items()):
+            rows = run["generations"]
+            answers = rows[rows["set"] == "shown"].set_index("example_id") if len(rows) else rows
+            if name == arm and len(answers):
+                texts = [answers.text.get(f"shown-{n}", "") for n in range(len(prompts))]
+                columns[f"{arm}, seed {seed}"] = [
+                    text if len(text) <= longest else text[:longest] + "…" for text in texts
+                ]
+                break
+    return pd.DataFrame(columns, index=pd.Index(prompts, name="prompt"))
+
+
+# -------------------------------------------------------------------------------- writing
+
+
+def show(number, digits=4):
+    """A number for a table: `digits` after the point, thin dash where there is none."""
+    if number is None or not math.isfinite(number):
+        return "–"
+    text = f"{number:.{digits}f}"
+    return text.removeprefix("-") if float(text) == 0 else text  # no "-0"
+
+
+def digits_of(unit):
+    return {"nats/token": 4, "tokens": 1, "s": 1, "%": 1, "points": 1, "lines": 0}.get(unit, 2)
+
+
+def main_markdown(main):
+    """The main table for people, arms as columns: mean [95 % interval over seeds]."""
+    arms = main.set_index("arm").to_dict("index")
+    heads = [f"{arm} ({row['n_seeds']})" for arm, row in arms.items()]
+    lines = ["| metric, unit | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for name, (unit, _) in METRICS.items():
+        if main[name].notna().any():
+            cells = [_with_interval(row, name) for row in arms.values()]
+            lines.append(f"| `{name}`, {unit} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", "In brackets behind an arm: its number of seeds."]) + "\n"
+
+
+def _with_interval(row, name):
+    digits = digits_of(METRICS[name][0])
+    low, high = row[f"{name}_ci_low"], row[f"{name}_ci_high"]
+    span = f" [{show(low, digits)}, {show(high, digits)}]" if math.isfinite(low) else ""
+    return show(row[name], digits) + span

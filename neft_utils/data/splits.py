@@ -1,0 +1,226 @@
+"""What a run learns from and is asked: one source in, deduplicated splits and a manifest out.
+
+A *row* is {"id", "prompt", "response", "n_prompt_tokens", "n_response_tokens", "cluster"}: an
+instruction and its answer, their lengths in tokens of the model's chat template, and the group
+of similar rows it belongs to. Splits are made of whole clusters, so that no test row has a near
+copy in training. Everything is a function of the source, the configuration and the seeds.
+
+The ShareGPT filters are harsh on purpose: those rows were scraped without their writers' consent
+and serve one end, measuring how well a small model predicts plain English answers. Losing a good
+row costs nothing, keeping a private one does.
+"""
+
+import math
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from neft_utils.base.files import sha256_file, write_json, write_jsonl
+from neft_utils.data.filters import SHAREGPT_STEPS, connected, grams, similar_pairs
+from neft_utils.data.sources import (
+    DataError,
+    hashes_of,
+    load_source,
+    mtbench_rows,
+    parse_json,
+    read_jsonl,
+    read_text,
+)
+
+MAX_PROMPT_TOKENS = 130  # ShareGPT only: 100 of the user's and about 30 of the chat template
+MIN_RESPONSE_TOKENS = 8  # ShareGPT only: shorter answers are "Yes." and cut-off fragments
+DUPLICATE = 0.5  # 3-gram Jaccard from which two ShareGPT rows count as one
+SIMILAR = 0.3  # 3-gram Jaccard from which two rows must not be on both sides of a split
+CONTAMINATED = 0.5  # share of an evaluation prompt's 3-grams from which a row is dropped
+KEYS = ("id", "prompt", "response", "n_prompt_tokens", "n_response_tokens", "cluster")
+
+
+def prepare(
+    data_config,
+    seeds,
+    out_dir,
+    count_tokens,
+    sharegpt_json=None,
+    mtbench_questions=None,
+    mtbench_references=None,
+):
+    """Filter, deduplicate and split one source into out_dir; returns the manifest.
+
+    data_config: source, path, revision, max_tokens, {train,validation,test,ood}_rows, split_seed.
+    seeds: one training subset each. count_tokens(rows): (prompt, response) tokens of each row,
+    template and end-of-turn included. ShareGPT and MT-Bench come as paths of their files.
+    Rows of a split are in random order, so its first n rows are a random sample of it, and
+    train-s<seed> of a smaller train_rows is the beginning of that of a larger one. MT-Bench
+    answers (ood) are not held to max_tokens. Raises DataError.
+    """
+    config, mtbench = data_config, (mtbench_questions, mtbench_references)
+    ood = mtbench_rows(*mtbench, config) if config.ood_rows else []
+    _count(ood, count_tokens)
+    what, rows, hashes = load_source(config, sharegpt_json)
+    funnel = _Funnel(what, rows)
+    funnel.keep("non-empty", lambda row: row["prompt"] and row["response"])
+    if config.source == "sharegpt":
+        for step, fine in SHAREGPT_STEPS.items():
+            funnel.keep(step, lambda row, f=fine: f(row["prompt"].lower(), row["response"].lower()))
+    _count(funnel.rows, count_tokens)
+    if config.source == "sharegpt":
+        funnel.keep(
+            f"prompt <= {MAX_PROMPT_TOKENS} and response >= {MIN_RESPONSE_TOKENS} tokens",
+            lambda row: (
+                row["n_prompt_tokens"] <= MAX_PROMPT_TOKENS
+                and row["n_response_tokens"] >= MIN_RESPONSE_TOKENS
+            ),
+        )
+    most = config.max_tokens
+    funnel.keep(f"total <= {most} tokens", lambda row: _total(row) <= most)
+    _deduplicate(funnel, config.source)
+    if ood:
+        hashes |= hashes_of(*mtbench)
+        asked = [words for row in ood if (words := grams(row["prompt"]))]
+        funnel.keep("no evaluation prompt inside", lambda row: not _contaminated(row, asked))
+    splits = _split(funnel.rows, config) | {"ood": ood[: config.ood_rows]}
+    for seed in seeds:
+        order = np.random.default_rng([config.split_seed, seed]).permutation(len(splits["pool"]))
+        splits[f"train-s{seed}"] = [splits["pool"][i] for i in order[: config.train_rows]]
+    manifest = {
+        "source": config.source,
+        "revision": config.revision,
+        "sources": hashes,
+        "max_tokens": config.max_tokens,
+        "split_seed": config.split_seed,
+        "seeds": list(seeds),
+        "funnel": funnel.steps,
+        "rows": {name: len(rows) for name, rows in splits.items()},
+        "lengths": {name: _quantiles(rows) for name, rows in splits.items()},
+        "pool_total_tokens": [_total(row) for row in splits["pool"]],
+    }
+    return _write(Path(out_dir), splits, manifest)
+
+
+def load_split(out_dir, name):
+    """Rows of the split `name` ("pool", "train-s0", "validation", "test", "ood") of a prepared
+    folder, held against its manifest. Raises DataError."""
+    manifest, path = Path(out_dir) / "manifest.json", Path(out_dir) / f"{name}.jsonl"
+    files = parse_json(read_text(manifest), manifest)["files"] if manifest.is_file() else {}
+    if path.name not in files or not path.is_file():
+        have = ", ".join(file.removesuffix(".jsonl") for file in files) or "nothing"
+        raise DataError(f"{path} is missing: run notebook 01 first (prepared so far: {have})")
+    if sha256_file(path) != files[path.name]:
+        raise DataError(f"{path} has changed since it was prepared: run notebook 01 again")
+    return read_jsonl(path)
+
+
+# ----------------------------------------------------------------------- filtering and splitting
+
+
+class _Funnel:
+    """Rows on their way through the filters, and how many each filter left."""
+
+    def __init__(self, step, rows):
+        self.rows, self.steps = rows, [{"step": step, "rows": len(rows)}]
+
+    def keep(self, step, test):
+        self.rows = [row for row in self.rows if test(row)]
+        self.steps.append({"step": step, "rows": len(self.rows)})
+        if not self.rows:
+            counts = [step["rows"] for step in self.steps]
+            lost, worst = max((counts[i] - counts[i + 1], -i) for i in range(len(counts) - 1))
+            name = self.steps[1 - worst]["step"]
+            raise DataError(
+                f"no row of {counts[0]} is left after the filters; most, {lost}, fell to"
+                f" {name!r}: give other rows or change data.max_tokens in the profile"
+            )
+
+
+def _count(rows, count_tokens):
+    for row, (prompt, response) in zip(rows, count_tokens(rows) if rows else [], strict=True):
+        row["n_prompt_tokens"], row["n_response_tokens"] = int(prompt), int(response)
+
+
+def _total(row):
+    return row["n_prompt_tokens"] + row["n_response_tokens"]
+
+
+def _deduplicate(funnel, source):
+    """Give every row its cluster; drop copies: near ones of ShareGPT, exact ones elsewhere."""
+    rows = funnel.rows
+    # Nano rows of one template differ by a word, on purpose: each is a cluster of its own.
+    pairs = [] if source == "nano" else list(similar_pairs(rows, SIMILAR))
+    for row, root in zip(rows, connected(len(rows), [(i, j) for i, j, _ in pairs]), strict=True):
+        row["cluster"] = rows[root]["id"]
+    if source == "sharegpt":
+        near = [(i, j) for i, j, jaccard in pairs if jaccard >= DUPLICATE]
+        roots, step = connected(len(rows), near), "one of each group of near copies"
+    else:
+        first, step = {}, "one of each group of exact copies"
+        texts = ((row["prompt"], row["response"]) for row in rows)
+        roots = [first.setdefault(text, i) for i, text in enumerate(texts)]
+    kept = {rows[root]["id"] for root in roots}
+    funnel.keep(step, lambda row: row["id"] in kept)
+
+
+def _contaminated(row, asked):
+    """Whether a row holds a good part of an evaluation prompt, given as sets of 3-grams."""
+    own = grams(row["prompt"]) | grams(row["response"])
+    return any(len(own & prompt) >= CONTAMINATED * len(prompt) for prompt in asked)
+
+
+def _split(rows, config):
+    """Whole clusters in random order: each goes where it still fits, test first, else to pool."""
+    clusters = defaultdict(list)
+    for row in rows:
+        clusters[row["cluster"]].append(row)
+    groups = list(clusters.values())
+    splits = {"pool": [], "validation": [], "test": []}
+    sizes = {"test": config.test_rows, "validation": config.validation_rows, "pool": math.inf}
+    for i in np.random.default_rng(config.split_seed).permutation(len(groups)):
+        fits = (name for name in sizes if len(splits[name]) + len(groups[i]) <= sizes[name])
+        splits[next(fits)].extend(groups[i])
+    got = {name: len(split) for name, split in splits.items()}
+    wanted = sizes | {"pool": config.train_rows}
+    if any(got[name] < wanted[name] for name in wanted):
+        raise DataError(
+            f"{len(rows)} rows in {len(groups)} groups of similar rows are left, too few for"
+            f" test_rows {config.test_rows} + validation_rows {config.validation_rows} +"
+            f" train_rows {config.train_rows}: lower these, raise max_tokens or add rows"
+        )
+    return splits
+
+
+# ------------------------------------------------------------------------------------ writing
+
+
+def _quantiles(rows):
+    """p5 ... max, in tokens, of whole examples and of responses; None where there are no rows."""
+    points = {"p5": 5, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "max": 100}
+
+    def of(lengths):
+        if not lengths:
+            return dict.fromkeys(points)
+        values = np.percentile(lengths, list(points.values()), method="nearest")
+        return dict(zip(points, values.tolist(), strict=True))
+
+    return {
+        "total": of([_total(row) for row in rows]),
+        "response": of([row["n_response_tokens"] for row in rows]),
+    }
+
+
+def _write(out_dir, splits, manifest):
+    """Splits first, manifest last: while there is no manifest, load_split gives no row."""
+    (out_dir / "manifest.json").unlink(missing_ok=True)
+    paths = {name: out_dir / f"{name}.jsonl" for name in splits}
+    for stale in set(out_dir.glob("train-s*.jsonl")) - set(paths.values()):
+        stale.unlink()
+    for name, path in paths.items():
+        write_jsonl(path, [{key: row[key] for key in KEYS} for row in splits[name]])
+    manifest["files"] = hashes_of(*paths.values())
+    write_json(out_dir / "manifest.json", manifest)
+    return manifest
+
+
+def train_rows(profile, arm, seed, paths):
+    """The rows that a run trains on: the seed's subset, or the arm's first share of it."""
+    rows = load_split(paths.processed, f"train-s{seed}")
+    return rows[: max(1, round(len(rows) * profile.data_fraction(arm)))]

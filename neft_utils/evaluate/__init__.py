@@ -1,0 +1,1 @@
+"""What a run is asked: losses, answers, instructions, benchmarks, stability, a judge."""

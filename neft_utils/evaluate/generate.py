@@ -1,0 +1,162 @@
+"""How a model answers: greedy, batched, with the paper's repetition penalty of 1.2.
+
+The penalty follows CTRL (Keskar et al., arXiv 1909.05858) as in transformers, with two
+exemptions. The end-of-turn token: SmolLM2's prompts contain it, so penalising seen tokens
+would punish stopping in every arm, and length is what we measure. Padding: it would make
+an answer depend on its neighbours in the batch.
+"""
+
+import math
+
+import torch
+from transformers import Cache, LogitsProcessor
+from transformers.cache_utils import DynamicLayer
+
+from neft_utils.train.encoding import prompt_ids
+
+
+class RepetitionPenalty(LogitsProcessor):
+    """Divide positive and multiply negative logits of seen tokens, some ids exempt."""
+
+    def __init__(self, penalty, exempt):
+        self.penalty, self.exempt = penalty, sorted(set(exempt))
+
+    def __call__(self, input_ids, scores):
+        seen = scores.gather(1, input_ids)
+        seen = torch.where(seen > 0, seen / self.penalty, seen * self.penalty)
+        out = scores.scatter(1, input_ids, seen)
+        out[:, self.exempt] = scores[:, self.exempt]
+        return out
+
+
+def stop_ids(generation_config, tokenizer):
+    """Ids that end an answer: the tokenizer's end of turn and the model's own."""
+    ids = generation_config.eos_token_id
+    ids = ids if isinstance(ids, list) else [ids]
+    return sorted({tokenizer.eos_token_id, *(i for i in ids if i is not None)})
+
+
+class _Layer(DynamicLayer):
+    """Keys and values of one layer in buffers with room for every token to come.
+
+    transformers' own layer copies all of the past at every token; this one writes one column.
+    """
+
+    def __init__(self, room):
+        super().__init__()
+        self.room, self.used = room, 0
+
+    def lazy_initialization(self, keys, values):
+        super().lazy_initialization(keys, values)
+        batch, heads, _, size = keys.shape
+        self.keys = keys.new_empty(batch, heads, self.room, size)
+        self.values = torch.empty_like(self.keys)
+
+    def update(self, keys, values, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        new = slice(self.used, self.used + keys.shape[2])
+        self.keys[:, :, new], self.values[:, :, new] = keys, values
+        self.used = new.stop
+        return self.keys[:, :, : self.used], self.values[:, :, : self.used]
+
+    def get_seq_length(self):
+        return self.used
+
+
+@torch.no_grad()
+def answer(
+    model,
+    tokenizer,
+    prompts,
+    *,
+    max_new_tokens,
+    batch_size,
+    repetition_penalty=1.2,
+    min_new_tokens=0,
+):
+    """Greedy answers to user prompts, in order: [{"n_tokens", "stopped", "text"}].
+
+    n_tokens counts up to and including the first end of turn, `stopped` says whether there
+    was one within `max_new_tokens`; before `min_new_tokens` there can be none. Prompts are
+    batched by length, padded on the left; rows that have ended leave the batch.
+    """
+    model.eval()
+    stops = stop_ids(model.generation_config, tokenizer)
+    penalty = None
+    if repetition_penalty != 1.0:
+        penalty = RepetitionPenalty(repetition_penalty, [*stops, tokenizer.pad_token_id])
+    encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    out = [None] * len(encoded)
+    size = math.ceil(len(order) / max(1, math.ceil(len(order) / batch_size)))  # even batches
+    for begin in range(0, len(order), size or 1):
+        chosen = order[begin : begin + size]
+        limits = min_new_tokens, max_new_tokens
+        new = _decode(model, [encoded[i] for i in chosen], limits, penalty, stops, tokenizer)
+        for i, tokens in zip(chosen, new, strict=True):
+            out[i] = first_turn(tokenizer, tokens, stops)
+    return out
+
+
+def _decode(model, prompts, limits, penalty, stops, tokenizer):
+    """The new token ids of each prompt, at least up to its first stop id; limits: (min, max)."""
+    min_new_tokens, max_new_tokens = limits
+    device = next(model.parameters()).device
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width + max_new_tokens), tokenizer.pad_token_id)
+    for row, tokens in enumerate(prompts):
+        ids[row, width - len(tokens) : width] = torch.tensor(tokens)
+    ids = ids.to(device)
+    start = width - torch.tensor([len(tokens) for tokens in prompts], device=device)
+    columns, stop = torch.arange(ids.shape[1], device=device), torch.tensor(stops, device=device)
+    cache = Cache(layers=[_Layer(ids.shape[1]) for _ in range(model.config.num_hidden_layers)])
+    rows = torch.arange(len(prompts), device=device)  # which prompt each row of the batch is
+    # An index, not 1: torch multiplies the strided slice that 1 makes as a batch of products,
+    # each with its own copy of the head.
+    last = torch.tensor([-1], device=device)
+    going = torch.ones_like(rows, dtype=torch.bool)
+    new = [[] for _ in prompts]
+    # Padding sees itself alone: a softmax over nothing would be nan, and nan times 0 is nan.
+    own = columns[:width, None] == columns[:width]
+    past = columns[:width, None] >= columns[:width]
+    mask = (past & (columns[:width] >= start[:, None, None])) | own
+    current, position = ids[:, :width], (columns[:width] - start[:, None]).clamp(min=0)
+    for end in range(width, ids.shape[1]):
+        logits = model(
+            input_ids=current,
+            attention_mask=mask[:, None],
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=last,
+        ).logits[:, 0]
+        logits = logits.float()
+        if penalty is not None:
+            logits = penalty(ids[:, :end], logits)
+        if end - width < min_new_tokens:
+            logits[:, stop] = -torch.inf
+        token = logits.argmax(1)
+        ids[:, end] = token
+        for row, value in zip(rows.tolist(), token.tolist(), strict=True):
+            new[row].append(value)
+        going &= ~torch.isin(token, stop)
+        left = int(going.sum())
+        if not left:
+            break
+        if left <= 0.8 * len(rows):  # leaving costs a copy of the cache, so a few at a time
+            keep = going.nonzero()[:, 0]
+            rows, ids, start, token, going = (x[keep] for x in (rows, ids, start, token, going))
+            for layer in cache.layers:
+                layer.keys, layer.values = layer.keys[keep], layer.values[keep]
+        current, position = token[:, None], (end - start)[:, None]
+        mask = (columns[: end + 1] >= start[:, None])[:, None]
+    return new
+
+
+def first_turn(tokenizer, tokens, stops):
+    """New token ids as {"n_tokens", "stopped", "text"}: up to the first of the ids `stops`."""
+    end = next((n for n, token in enumerate(tokens) if token in stops), None)
+    count = len(tokens) if end is None else end + 1
+    text = tokenizer.decode(tokens[:end], skip_special_tokens=True)
+    return {"n_tokens": count, "stopped": end is not None, "text": text}

@@ -1,0 +1,1 @@
+"""Answers of all runs from one vLLM engine."""

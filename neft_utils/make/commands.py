@@ -1,0 +1,351 @@
+"""The commands behind make: plan, notebook, reproduce, figures, and so on.
+
+`reproduce` only starts Snakemake, which decides what is done and what is not, and tells the
+terminal how far it is. Every failure that a user can cause ends in one line and exit code 1.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from neft_utils.base.files import ROOT, atomic_write_text, read_json, write_json
+from neft_utils.base.paths import NOTEBOOKS, REFERENCE, STEPS, Paths
+from neft_utils.base.read_profile import load_profile
+from neft_utils.base.strict import ConfigError
+from neft_utils.make import preflight
+from neft_utils.make.workflow import (
+    check_engine,
+    estimate,
+    execute,
+    one_line,
+    run_all,
+    workers,
+    write_notebook,
+)
+
+FIGURE_STEPS = (0, 2, 6, 5)
+JOBS = 50  # at a time on a cluster, unless --cores says otherwise
+
+
+def main(argv=None):
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments) or 0
+    except KeyboardInterrupt:
+        print("\nstopped: run the same command again to go on", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog="python -m neft_utils", description=__doc__.split("\n")[0]
+    )
+    commands = parser.add_subparsers(required=True)
+
+    def command(name, run, help):
+        sub = commands.add_parser(name, help=help)
+        sub.set_defaults(run=run)
+        sub.add_argument("--profile", default=None, help="name, or path of a YAML file")
+        sub.add_argument("--out", default="results/local", help="folder for results")
+        return sub
+
+    sub = command("plan", plan, "print steps, sizes and estimates; run nothing")
+    sub.add_argument("--cores", type=int, default=None, help="runs side by side")
+    command("check", check, "look at machine, model and rows of a profile; run nothing")
+    sub = command("notebook", notebook, "execute one notebook with papermill")
+    sub.add_argument("step", type=int, choices=sorted(STEPS))
+    sub.add_argument("--arm")
+    sub.add_argument("--seed", type=int)
+    command("answer", answer, "answer all prompts of all trained runs with vLLM")
+    sub = command("reproduce", reproduce, "run all steps that are not done")
+    sub.add_argument("--cores", type=int, default=None, help="runs side by side")
+    sub.add_argument("--engine", default="local", help="local, or a Snakemake executor: slurm")
+    sub.add_argument("--engine-options", default="", help="more arguments of Snakemake's")
+    command("figures", figures, "re-execute 00, 02, 06 and 05 from stored results")
+    sub = command("promote", promote_results, "copy complete, clean results to results/reference")
+    sub.add_argument("--partial", action="store_true", help="what is whole, to results/partial")
+    command("compare", compare, "hold local results against the reference")
+    sub = command("bench", bench, "time ours beside plain TRL, to results/local/bench.json")
+    sub.add_argument("--steps", type=int, default=6, help="optimiser steps a row, first not timed")
+    command("bench-gpu", bench_gpu, "the same for a 7B-shaped QLoRA on one GPU, random weights")
+    command("report", report, "write a static HTML site of the results")
+    command("readme", readme, "write the README's generated blocks anew from results/reference")
+    command("strip", strip, "clear outputs of the source notebooks")
+    return parser
+
+
+def default_profile():
+    """The profile without PROFILE=: gpu-small if there is a GPU and that profile, else cpu."""
+    has_gpu = shutil.which("nvidia-smi") is not None
+    gpu = NOTEBOOKS / "profiles" / "gpu-small.yaml"
+    return "gpu-small" if has_gpu and gpu.exists() else "cpu"
+
+
+def _profile(arguments):
+    name = arguments.profile or default_profile()
+    profile = load_profile(name)
+    # A path stays a path, absolute because notebooks run in their own folder.
+    reference = str(Path(name).resolve()) if name.endswith((".yaml", ".yml")) else name
+    return profile, reference, Paths(profile.name, arguments.out)
+
+
+# ---------------------------------------------------------------------------------- plan
+
+
+def plan(arguments):
+    profile, _, paths = _profile(arguments)
+    side_by_side = workers(profile, arguments.cores)
+    print(f"profile {profile.name}: {' '.join(profile.description.split())}")
+    print(
+        f"model {profile.model.source} ({profile.model.base_weights}), data {profile.data.source},"
+        f" {profile.data.train_rows} training rows a seed, {profile.train.epochs} epochs"
+    )
+    for arm, change in profile.arms.items():
+        seeds = ", ".join(map(str, profile.seeds_of(arm)))
+        print(f"  arm {arm}: noise_alpha {change.noise_alpha:g}, seeds {seeds}")
+    print(f"{'phase':<28}{'steps':>6}{'tokens':>12}{'minutes of one worker':>24}")
+    rows = estimate(profile, paths)
+    for phase, steps, tokens, seconds in rows:
+        print(f"{phase:<28}{steps:>6}{tokens:>12,.0f}{seconds / 60:>24.1f}")
+    total = sum(row[3] for row in rows) / 60
+    minutes = total / side_by_side
+    time = f"{minutes:.0f} minutes" if minutes < 200 else f"{minutes / 60:.1f} hours"
+    kind = "measured" if profile.speed.measured else "estimated, not measured"
+    gpu = f", {profile.gpu_memory_gb:g} GB of GPU memory" if profile.gpu_memory_gb else ""
+    print(
+        f"about {time} with {side_by_side} side by side (speeds {kind}); each run"
+        f" {profile.memory_gb:g} GB of memory{gpu}; {profile.disk_gb:g} GB of disk"
+    )
+
+
+def check(arguments):
+    """What would stop a run of the profile: machine, model, tokenizer, rows. Writes nothing."""
+    from neft_utils.data import sources, splits
+    from neft_utils.train.base_models import check_model
+    from neft_utils.train.encoding import count_tokens
+
+    profile, _, _ = _profile(arguments)
+    for what, found in preflight.check(profile):
+        print(f"{what}: {found}")
+    _, tokenizer = check_model(profile)
+    files, count = sources.source_files(profile.data), count_tokens(tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = splits.prepare(profile.data, profile.all_seeds(), folder, count, **files)["rows"]
+    print("rows: " + ", ".join(f"{name} {count}" for name, count in rows.items()))
+
+
+# ------------------------------------------------------------------------------ one notebook
+
+
+def notebook(arguments):
+    profile, reference, paths = _profile(arguments)
+    execute(profile, reference, paths, arguments.step, arguments.arm, arguments.seed)
+
+
+def answer(arguments):
+    """Answers of all trained runs from one vLLM engine, for notebook 04 to read."""
+    from neft_utils.evaluate.vllm.engine import answer_all
+
+    profile, _, paths = _profile(arguments)
+    answer_all(profile, paths)
+
+
+# ------------------------------------------------------------------------------- all of them
+
+
+def reproduce(arguments):
+    profile, reference, paths = _profile(arguments)
+    paths.results.mkdir(parents=True, exist_ok=True)
+    probe = paths.results / ".writable"
+    atomic_write_text(probe, "")
+    probe.unlink()
+    if arguments.cores is not None and arguments.cores < 1:
+        raise ConfigError(f"--cores must be at least 1, not {arguments.cores}")
+    local = arguments.engine == "local"
+    check_engine(arguments.engine)
+    for what, found in preflight.check(profile, here=local):
+        print(f"{what}: {found}")
+    count = workers(profile, arguments.cores) if local else arguments.cores or JOBS
+    (ROOT / ".snakemake").mkdir(exist_ok=True)
+    with open(ROOT / ".snakemake" / "reproduce.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                "another make reproduce is running in this folder: wait for it"
+            ) from None
+        options = shlex.split(arguments.engine_options)
+        code = run_all(profile, reference, paths, count, lock.fileno(), arguments.engine, options)
+    if code:
+        return code
+    print((paths.tables / "main.md").read_text("utf-8"))
+    print((paths.tables / "claims.md").read_text("utf-8"))
+    place = os.path.relpath(paths.results, ROOT)
+    print(f"results in {place}: tables/, figures/, notebooks/, claims.json")
+    return 0
+
+
+def figures(arguments):
+    """Figures and tables again, from local results or, without any, from the reference."""
+    profile, reference, paths = _profile(arguments)
+    if not (paths.results / "runs").is_dir():
+        from neft_utils.make.promotion import PARTIAL
+
+        kept = [Paths(profile.name, folder) for folder in (REFERENCE, PARTIAL)]
+        stored = next((one for one in kept if (one.results / "runs").is_dir()), None)
+        if stored is None:
+            raise ConfigError(f"no stored results of {profile.name}: run make reproduce first")
+        staged = paths.results.with_name(f".{paths.results.name}.staged")
+        shutil.rmtree(staged, ignore_errors=True)
+        shutil.copytree(stored.results, staged)
+        shutil.rmtree(paths.results, ignore_errors=True)
+        staged.rename(paths.results)
+        print(f"no local runs of {profile.name}: these are the numbers of {stored.out}")
+    for step in FIGURE_STEPS:
+        if step == 0 and profile.device == "cuda" and not preflight.gpus():
+            print("00_start_here left out: it looks at the machine, and needs the profile's GPU")
+            continue
+        execute(profile, reference, paths, step)
+        print(f"{STEPS[step]} done")
+    print(f"figures in {os.path.relpath(paths.figures, ROOT)}")
+
+
+def promote_results(arguments):
+    """Put local results under version control, and what the README shows of them."""
+    from neft_utils.make.promotion import promote
+    from neft_utils.make.readme import update_readme
+
+    profile, _, paths = _profile(arguments)
+    print(promote(profile, paths, arguments.partial))
+    update_readme()
+
+
+def compare(arguments):
+    """Local main table against the reference's, cell by cell with tolerances."""
+    import pandas as pd
+
+    from neft_utils.compare.expected import TOLERANCES
+    from neft_utils.compare.metrics import METRICS
+
+    profile, _, paths = _profile(arguments)
+    sides = [Paths(profile.name, REFERENCE).tables / "main.csv", paths.tables / "main.csv"]
+    for path in sides:
+        if not path.exists():
+            raise ConfigError(f"{os.path.relpath(path, ROOT)} is missing: nothing to compare")
+    _refuse_unlike(*(path.parent.parent for path in sides))
+    reference, local = (pd.read_csv(path).set_index("arm") for path in sides)
+    if list(reference.index) != list(local.index):
+        raise ConfigError("local and reference have different arms: they cannot be compared")
+    misses = 0
+    for metric, (unit, _) in METRICS.items():
+        if unit not in TOLERANCES:
+            continue
+        for arm in reference.index:
+            a, b = reference.loc[arm, metric], local.loc[arm, metric]
+            if pd.isna(a) and pd.isna(b):
+                continue
+            good = abs(a - b) <= TOLERANCES[unit]
+            misses += not good
+            print(
+                f"{'ok' if good else 'MISS'} {arm} {metric}: reference {a:.4f} local {b:.4f}"
+                f" tolerance {TOLERANCES[unit]:g} {unit}"
+            )
+    return 1 if misses else 0
+
+
+def _refuse_unlike(reference, local):
+    """Raise ConfigError for results of other rows, another model or another recipe."""
+    manifests = [read_json(side / "manifest.json") or {} for side in (reference, local)]
+    files = [manifest.get("files", {}) for manifest in manifests]
+    for name in ("test.jsonl", "validation.jsonl"):
+        if files[0].get(name) != files[1].get(name):
+            raise ConfigError(f"local and reference have different rows ({name}): not comparable")
+    for path in sorted((local / "runs").glob("*/config.json")):
+        other = reference / path.relative_to(local)
+        if not other.exists():
+            continue
+        ours, theirs = (read_json(one) for one in (path, other))
+        for part in ("model", "train", "noise"):
+            # Keys that only one side has are settings of a later version, at their defaults.
+            both = ours.get(part, {}).keys() & theirs.get(part, {}).keys()
+            for key in sorted(both):
+                if ours[part][key] != theirs[part][key]:
+                    raise ConfigError(
+                        f"run {path.parent.name} has {part}.{key} {ours[part][key]} here and"
+                        f" {theirs[part][key]} in the reference: not comparable"
+                    )
+
+
+def bench(arguments):
+    """Ours beside plain TRL; needs the profile's data (notebook 01) and an idle machine."""
+    from neft_utils.data.splits import load_split
+    from neft_utils.make.bench.cpu import bench as measure
+    from neft_utils.make.bench.cpu import table
+
+    profile, reference, paths = _profile(arguments)
+    load_split(paths.processed, "test")  # says what to run if it is not there
+    load = os.getloadavg()[0]
+    if load > 0.5:
+        print(f"warning: load average {load:.1f}: times mean little on a busy machine")
+    if arguments.steps < 2:
+        raise ConfigError("--steps must be at least 2: the first one warms up")
+    found = measure(profile, reference, paths, arguments.steps)
+    write_json(ROOT / paths.out / "bench.json", found)
+    print(table(found))
+
+
+def bench_gpu(arguments):
+    """Speed and memory at Llama-2-7B's shape on one GPU, to bench-gpu.json."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError("make bench-gpu needs a CUDA GPU: torch sees none")
+    from neft_utils.make.bench.gpu import bench_gpu as measure
+    from neft_utils.make.bench.gpu import format_table
+
+    found = measure()
+    write_json(ROOT / arguments.out / "bench-gpu.json", found)
+    print(format_table(found))
+
+
+def report(arguments):
+    """A static HTML site of local results or, without any, of the reference."""
+    from neft_utils.make.report import report as write
+
+    profile, _, paths = _profile(arguments)
+    write(profile, paths)
+
+
+def readme(arguments):
+    """What `promote` does to the README, without promoting."""
+    from neft_utils.make.readme import update_readme
+
+    print("README.md written" if update_readme() else "README.md is up to date")
+
+
+def strip(arguments):
+    """Clear outputs and counts of the source notebooks."""
+    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+        text = json.loads(path.read_text("utf-8"))
+        for cell in text["cells"]:
+            if cell["cell_type"] == "code":
+                cell["outputs"], cell["execution_count"] = [], None
+            cell["metadata"] = {k: v for k, v in cell["metadata"].items() if k == "tags"}
+        text["metadata"] = {k: text["metadata"][k] for k in ("kernelspec", "language_info")}
+        write_notebook(path, text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""Can this machine run the profile? Asked before anything starts, so that nothing is lost later.
+
+Device, memory, disk and packages refuse with what to change; what is only missing (a download, a
+judge's key) is said. A profile for a GPU never falls back to the CPU without a word.
+"""
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from neft_utils.base import hub
+from neft_utils.base.files import ROOT
+from neft_utils.base.pins import pins
+from neft_utils.base.strict import ConfigError
+from neft_utils.base.wheels import pinned_packages
+from neft_utils.evaluate.vllm.locate import VARIABLE, vllm_python
+
+LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container, bytes or "max"
+
+
+def check(profile, here=True):
+    """[(what, what was found)] of everything that was looked at, as text.
+
+    here: whether the runs take place on this machine; on a cluster its nodes' device and memory
+    are the scheduler's to give. Raises ConfigError of one line for what cannot be.
+    """
+    found = [("packages", _packages())]
+    if here:
+        found += [("device", _device(profile)), ("memory", _memory(profile))]
+    found.append(("disk", _disk(profile)))
+    found.append(("model", _model(profile)))
+    if profile.evaluate.answer_engine == "vllm":
+        found.append(("answers", _answers(profile)))
+    if profile.evaluate.judge is not None:
+        found.append(("judge", _judge(profile.evaluate.judge)))
+    return found
+
+
+def _packages():
+    wrong = []
+    for name, version in pins().items():
+        try:
+            installed = importlib.metadata.version(name).split("+")[0]
+        except importlib.metadata.PackageNotFoundError:
+            installed = "missing"
+        if installed != version:
+            wrong.append(f"{name} is {installed}, not {version}")
+    if wrong:
+        raise ConfigError(f"packages: {'; '.join(wrong[:3])}: run make env")
+    return "as pinned"
+
+
+def gpus():
+    """[(name, memory in GB)] of the GPUs that nvidia-smi lists; empty without it."""
+    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    rows = [line.rpartition(",") for line in done.stdout.splitlines() if not done.returncode]
+    # nvidia-smi counts in MiB.
+    return [(name.strip(), float(size) * 2**20 / 1e9) for name, _, size in rows]
+
+
+def _device(profile):
+    if profile.device == "cpu":
+        return f"CPU, {cores()} cores"
+    cards = gpus()
+    if not cards:
+        raise ConfigError(
+            f"profile {profile.name} needs a GPU and none is here: use PROFILE=cpu, or"
+            " ENGINE=slurm where a cluster has them"
+        )
+    name, size = max(cards, key=lambda card: card[1])
+    if size < profile.gpu_memory_gb:
+        raise ConfigError(
+            f"profile {profile.name} needs {profile.gpu_memory_gb:g} GB of GPU memory, {name} has"
+            f" {size:.0f}: lower train.micro_batch_tokens and gpu_memory_gb in a copy of the"
+            " profile, or use base_weights nf4"
+        )
+    return f"{name}, {size:.0f} GB"
+
+
+def _memory(profile):
+    have = memory_gb()
+    if have < profile.memory_gb:
+        raise ConfigError(
+            f"profile {profile.name} needs {profile.memory_gb:g} GB of memory a run, here are"
+            f" {have:.0f}: lower train.micro_batch_tokens and memory_gb in a copy of the profile"
+        )
+    return f"{have:.0f} GB, {profile.memory_gb:g} a run"
+
+
+def _disk(profile):
+    # What an earlier start put there need not fit again.
+    used = sum(_size(ROOT / "data" / name) for name in ("wheels", "models", "downloads"))
+    free, wanted = shutil.disk_usage(ROOT).free / 1e9, max(profile.disk_gb - used, 0.5)
+    if free < wanted:
+        raise ConfigError(
+            f"profile {profile.name} needs {wanted:.1f} GB more of disk, free are {free:.1f}:"
+            " free some space"
+        )
+    return f"{free:.0f} GB free"
+
+
+def _size(folder):
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e9
+
+
+def _model(profile):
+    model = profile.model
+    if model.source in pinned_packages():
+        wheel = f"{model.source.replace('-', '_')}-*.whl"
+        cached = list((ROOT / "data" / "wheels").glob(wheel))
+        return f"{model.source}, " + ("in the cache" if cached else "to be downloaded")
+    if model.source == "nano" or any(
+        place.is_dir() for place in (Path(model.source).expanduser(), ROOT / model.source)
+    ):
+        return model.source
+    return f"{model.source}, " + hub.state(model.source, model.revision, "model.source")
+
+
+def _answers(profile):
+    found = vllm_python(profile)
+    if found is None:
+        return (
+            "from transformers, run after run: vLLM is not installed here"
+            f" ({VARIABLE} names a Python that has it)"
+        )
+    return f"from vLLM, all runs in one engine ({found})"
+
+
+def _judge(judge):
+    if os.environ.get(judge.key_variable):
+        return f"{judge.model}, at most {judge.max_usd:g} USD a run"
+    return f"{judge.key_variable} is not set: preferences will be left out"
+
+
+def cores():
+    """Cores that this process may use, which in a container or a batch job are not all."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count()
+
+
+def memory_gb():
+    """Memory of this machine, or of the container if that has less, in GB."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if LIMIT.exists() and (text := LIMIT.read_text("utf-8").strip()).isdigit():
+        memory = min(memory, int(text))
+    return memory / 1e9

@@ -1,0 +1,331 @@
+"""How steps are run: papermill executes one notebook, Snakemake decides which.
+
+Nothing here schedules: Snakemake knows what is done, and this module starts it and turns its
+log into a line per finished step.
+"""
+
+import importlib.util
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+from neft_utils.base.files import ROOT, atomic_write_text
+from neft_utils.base.paths import BASE, NOTEBOOKS, STEPS
+from neft_utils.base.strict import ConfigError
+from neft_utils.make.preflight import cores, gpus, memory_gb
+
+# oneDNN keeps the code that it made for every shape of matrix it met, 1,024 by default; rows of
+# a new length bring two dozen shapes of 0.6 MB, which fill gigabytes within a run.
+ONEDNN = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
+
+
+def one_line(error):
+    """A message without line breaks; OSErrors named by what to do about them."""
+    if isinstance(error, OSError) and error.errno is not None:
+        hint = {28: "free some space", 13: "make it writable", 30: "make it writable"}
+        remedy = hint.get(error.errno, "check the path")
+        return f"{error.strerror}: {error.filename or 'the results folder'} ({remedy})"
+    return " ".join(str(error).split())
+
+
+def estimate(profile, paths):
+    """[(phase, steps, tokens, seconds of one worker)] from sizes and the profile's speeds."""
+    manifest = paths.processed / "manifest.json"
+    # Until rows are there to count: typical rows fill 0.6 of what they may have at most.
+    total = response = profile.speed.example_tokens or 0.6 * profile.data.max_tokens
+    if manifest.exists():
+        lengths = json.loads(manifest.read_text("utf-8"))["lengths"]
+        total, response = (lengths["test"][name]["p50"] for name in ("total", "response"))
+    speed, runs = profile.speed, profile.runs()
+    models = [(BASE, 0), *runs]
+    start = speed.notebook_start
+    rows, asked = profile.data, profile.evaluate
+    train = sum(
+        rows.train_rows * profile.data_fraction(arm) * profile.recipe(arm).epochs * total
+        for arm, _ in runs
+    )
+    scored_train = min(asked.train_rows or rows.train_rows, rows.train_rows)
+    fixed = scored_train + rows.validation_rows + rows.test_rows
+    checks = len(runs) * (profile.train.epochs + 1) * rows.validation_rows * total
+    scored = len(models) * (fixed * total + rows.ood_rows * 300) + checks
+    answering = sum(profile.answers(*model) for model in models)
+    prompts = asked.answer_prompts + asked.answer_prompts_without_penalty
+    prompts += len(asked.shown_prompts) + asked.alpaca_eval_prompts
+    longer = 2 * asked.length_arm_prompts
+    length = min(1.5 * response, asked.max_new_tokens)
+    answers = answering * (prompts + longer) * length
+    measuring = sum(profile.secondary(*model) for model in models)
+    extra = asked.train_answer_prompts + 3 * asked.verifiable_per_family
+    # Options of a multiple-choice item add up to about 250 tokens; six passes over stability rows.
+    passes = len(asked.benchmarks) * asked.benchmark_items * 250 + 6 * asked.stability_rows * total
+    # Options times 400 tokens of examples and question.
+    passes += len(asked.leaderboard) * asked.leaderboard_items * 4 * 400
+    measured = measuring * (passes + extra * length)
+    seconds = measuring * (passes / speed.forward + extra * length / speed.answers)
+    return [
+        ("prepare, explain, compare", 7, 0, 7 * start + 60),
+        ("fine-tune", len(runs), train, len(runs) * start + train / speed.train),
+        ("score losses", len(models), scored, len(models) * start + scored / speed.forward),
+        ("answer prompts", answering, answers, answers / speed.answers),
+        ("secondary measures", measuring, measured, seconds),
+    ]
+
+
+# A small model's run waits for its kernels to be launched, not for the card: on an H100 nine side
+# by side trained 9,600 tokens a second each, 86,000 together, and beside fewer neighbours one
+# trained 13,000 (results/LOG.md). A large model fills the card.
+SMALL_GB, SMALL_RUNS = 8, 9
+
+
+def workers(profile, cores=None):
+    """How many runs go side by side: one a core, as memory allows.
+
+    On a GPU as asked, else up to nine of a small model and one of a large.
+    """
+    if profile.device == "cuda":
+        cards, need = gpus(), profile.gpu_memory_gb
+        if cores is None and need <= SMALL_GB:
+            cores = min(SMALL_RUNS, cores())
+        # All on the first card; where no card is seen, `make plan` asks for another machine.
+        room = (cards[0][1] // need if need else 1) if cards else math.inf
+        cores = min(cores or 1, room)
+    return int(max(1, min(cores or cores(), memory_gb() // profile.memory_gb)))
+
+
+def write_notebook(path, notebook):
+    """Write a notebook given as JSON values, atomically, in nbformat's own layout."""
+    text = json.dumps(notebook, indent=1, ensure_ascii=False)
+    atomic_write_text(path, text + "\n")
+
+
+def execute(profile, reference, paths, step, arm=None, seed=None):
+    """Run one notebook in a fresh kernel; its executed copy appears only when it is whole."""
+    import papermill
+    from traitlets.config import Config
+
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # else a line per cell
+    # Libraries' warnings that no reader can act on, each with this machine's path.
+    os.environ["PYTHONWARNINGS"] = (
+        "ignore:IProgress not found,ignore:`is_gradient_checkpointing` is deprecated"
+    )
+    source, target = NOTEBOOKS / f"{STEPS[step]}.ipynb", paths.notebook(step, arm, seed)
+    parameters = {"PROFILE": reference, "ARM": arm, "SEED": seed, "OUT": paths.out}
+    parameters = {name: value for name, value in parameters.items() if value is not None}
+    known = papermill.inspect_notebook(str(source))
+    if unknown := sorted(set(parameters) - set(known)):
+        raise ConfigError(
+            f"{source.name} has no parameter {', '.join(unknown)}: it has {', '.join(known)}"
+        )
+    if arm is not None:
+        profile.check_run(arm, seed)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for stale in target.parent.glob(f".{target.stem}.*.ipynb"):  # of a killed run
+        if not _alive(stale.suffixes[-2].strip(".")):
+            stale.unlink()
+    partial = target.with_name(f".{target.stem}.{os.getpid()}.ipynb")
+    label = target.stem
+    try:
+        # Sockets in a folder of its own: of kernels that start at once, two may find one free port.
+        # A socket's path has 107 characters at most.
+        place = "/tmp" if len(tempfile.gettempdir()) > 80 else None
+        with tempfile.TemporaryDirectory(prefix="neft-", dir=place) as sockets:
+            connection = {"transport": "ipc", "ip": f"{sockets}/kernel"}
+            papermill.execute_notebook(
+                str(source),
+                str(partial),
+                parameters,
+                cwd=str(NOTEBOOKS),
+                kernel_name="python3",
+                config=Config({"KernelManager": connection}),
+                progress_bar=False,
+                log_output=False,
+            )
+        text = json.loads(partial.read_text("utf-8"))
+        # papermill notes this machine's paths: results shall not carry them.
+        text["metadata"]["papermill"] = {
+            key: text["metadata"]["papermill"][key]
+            for key in ("duration", "end_time", "parameters")
+        }
+        write_notebook(target, text)
+        target.with_name(f"{target.stem}.failed.ipynb").unlink(missing_ok=True)
+    except papermill.PapermillExecutionError as error:
+        failed = target.with_name(f"{target.stem}.failed.ipynb")
+        partial.replace(failed)
+        reason = one_line(ValueError(error.evalue))
+        place = os.path.relpath(failed, ROOT)
+        raise RuntimeError(
+            f"{label}: {error.ename}: {reason} (cell {error.cell_index}, {place})"
+        ) from None
+    except (RuntimeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise RuntimeError(
+            f"{label}: the kernel died ({one_line(error)}); if memory ran out, lower"
+            " train.micro_batch_tokens in the profile or --cores, and run the same command again"
+        ) from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _alive(pid):
+    """Whether a process of that number runs here."""
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def check_engine(engine):
+    """Raise ConfigError unless Snakemake can hand jobs to this engine from here."""
+    if engine == "local":
+        return
+    if importlib.util.find_spec(f"snakemake_executor_plugin_{engine.replace('-', '_')}") is None:
+        raise ConfigError(
+            f"ENGINE={engine}: no such executor is installed: use local or slurm, or install"
+            f" snakemake-executor-plugin-{engine}"
+        )
+    if engine == "slurm" and shutil.which("sbatch") is None:
+        raise ConfigError(
+            "ENGINE=slurm: there is no sbatch here: run it where jobs are submitted, or without"
+            " ENGINE"
+        )
+
+
+def _engine_arguments(engine, count, logs, options):
+    if engine == "local":
+        return ["--cores", str(count), *options]
+    arguments = ["--executor", engine, "--jobs", str(count), "--retries", "1"]
+    if engine == "slurm":  # a node that fails costs its jobs, and Slurm starts them again
+        arguments += ["--slurm-requeue", "--slurm-logdir", str(logs)]
+    return arguments + list(options)
+
+
+def run_all(profile, reference, paths, count, lock, engine="local", options=()):
+    """Run every step that is not done, `count` at a time; returns Snakemake's exit code.
+
+    lock: file descriptor that Snakemake keeps open, so that the lock outlives a killed parent.
+    engine: "local", or the name of a Snakemake executor such as "slurm", whose jobs see the same
+    files; options: more arguments of Snakemake's, for that executor.
+    """
+    environment = dict(os.environ, PYTHONHASHSEED="0", TOKENIZERS_PARALLELISM="false")
+    # Steps call "python": the one that runs this, whether or not its environment is activated.
+    own = os.path.dirname(sys.executable)
+    environment["PATH"] = f"{own}{os.pathsep}{environment.get('PATH', os.defpath)}"
+    if profile.device == "cpu":  # two threads of one run fight as soon as anything else runs
+        environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment |= ONEDNN
+    elif engine == "local":
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
+    # Cores of a cluster's node beside a GPU, for the loading of data.
+    threads = 4 if profile.device == "cuda" and engine != "local" else 1
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--snakefile",
+        str(NOTEBOOKS.parent / "Snakefile"),
+        "--directory",
+        str(ROOT),
+        *_engine_arguments(engine, count, paths.results / "slurm_logs", options),
+        "--nolock",
+        "--rerun-incomplete",
+        "--rerun-triggers",
+        "mtime",
+        "params",
+        "input",
+        "--config",
+        f"profile={reference}",
+        f"out={paths.out}",
+        f"threads={threads}",
+        f"whole={count if engine == 'local' else threads}",  # of a step that runs alone
+    ]
+    log = paths.results / "snakemake.log"
+    began, started = time.time(), time.monotonic()
+    total = sum(row[3] for row in estimate(profile, paths)) / count
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        stderr=subprocess.STDOUT,
+        pass_fds=(lock,),
+    )
+    state = {"done": 0, "steps": None, "nothing": False}
+    stop = threading.Event()
+    heartbeat = threading.Thread(target=_heartbeat, args=(state, started, total, stop), daemon=True)
+    heartbeat.start()
+    try:
+        with open(log, "w", encoding="utf-8") as file:
+            for line in process.stdout:
+                file.write(line)
+                file.flush()
+                _follow(line.rstrip(), state, started, total)
+        code = process.wait()
+    except BaseException:
+        process.terminate()  # Snakemake stops its jobs and keeps what is finished
+        process.wait()
+        raise
+    finally:
+        stop.set()
+    if code:
+        if not state.get("error"):  # on another machine, it went to the job's own log
+            state["error"] = _error_of_a_job(paths.results / "slurm_logs", began)
+        if not state["error"]:  # Snakemake's own: a missing file, a killed job
+            tail = [x for x in log.read_text("utf-8").splitlines() if x.strip()][-3:]
+            print(f"error: {' '.join(tail)}", file=sys.stderr)
+        print(f"stopped; the whole log is {os.path.relpath(log, ROOT)}", file=sys.stderr)
+    elif state["nothing"]:
+        print("nothing to do: every step is done and nothing it depends on has changed")
+    return code
+
+
+def _error_of_a_job(logs, since):
+    """Print the one line of the step that failed, from the logs of jobs; whether there was one."""
+    recent = [path for path in logs.rglob("*.log") if path.stat().st_mtime >= since]
+    for path in sorted(recent, key=lambda path: path.stat().st_mtime, reverse=True):
+        for line in path.read_text("utf-8", errors="replace").splitlines():
+            if line.startswith("error:"):
+                print(line, file=sys.stderr)
+                return True
+    return False
+
+
+def _follow(line, state, started, total):
+    """Turn Snakemake's log into one line per finished step."""
+    if "Nothing to be done" in line:
+        state["nothing"] = True
+    elif line.startswith("error:"):  # the one line of the step that failed
+        state["error"] = True
+        print(line, file=sys.stderr, flush=True)
+    elif match := re.search(r"^Finished jobid: (\d+) \(Rule: (\w+)\)", line):
+        state["last"] = match.group(2)
+    elif match := re.search(r"^(\d+) of (\d+) steps \(", line):
+        state["done"], state["steps"] = map(int, match.groups())
+        print(_status(state, started, total) + f" · finished {state.get('last')}", flush=True)
+
+
+def _status(state, started, total):
+    elapsed = time.monotonic() - started
+    done, steps = state["done"], state["steps"]
+    share = done / steps if steps else 0
+    # The whole takes `total` by plan and elapsed / share by pace: weights 1 - share and share.
+    whole = (1 - share) * total + (elapsed if share else 0)
+    left = (1 - share) * whole
+    counted = f"{done} of {steps} steps" if steps else "starting"
+    return f"[{elapsed / 60:5.1f} min] {counted}, about {left / 60:.0f} min left"
+
+
+def _heartbeat(state, started, total, stop):
+    while not stop.wait(60):
+        print(_status(state, started, total), flush=True)

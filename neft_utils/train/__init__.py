@@ -1,0 +1,1 @@
+"""One run: weights, tokens, losses, the trainer and its log."""

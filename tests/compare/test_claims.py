@@ -1,0 +1,190 @@
+"""From per-item files to words: pairing, which arms a claim compares, and its verdict."""
+
+import itertools
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from neft_utils.base.read_profile import load_profile
+from neft_utils.base.strict import ConfigError
+from neft_utils.compare import claims
+from neft_utils.compare.metrics import METRICS, per_item
+from neft_utils.compare.tables import by_seed, length_views, paired
+from neft_utils.evaluate import tasks
+
+DECODING = "greedy_penalty_1.2"
+NOTHING = {name.removesuffix(".csv"): columns for name, columns in tasks.ITEM_COLUMNS.items()}
+
+
+def made_run(nll, seconds=10.0, **tables):
+    """A run as `results.load_runs` gives it; nll: {example: value} of test rows."""
+    losses = pd.DataFrame(
+        [("test", name, 10, value) for name, value in nll.items()],
+        columns=["split", "example_id", "n_tokens", "nll"],
+    )
+    empty = {name: pd.DataFrame(columns=columns) for name, columns in NOTHING.items()}
+    about = {"phase_seconds": {"losses": 1.0, "answers": 0.0}}
+    return {
+        "scores": {"provenance": about},
+        "provenance": {"train_seconds": seconds},
+        "generations": pd.DataFrame(),
+        "noise": None,
+        "log": pd.DataFrame({"validation_nll": [2.0, 1.9]}),
+        **empty,
+        "losses": losses,
+        **tables,
+    }
+
+
+def some_runs(shift, arms=("baseline", "neft_a15"), seeds=range(4), items=40):
+    """Runs whose last arm has its NLL moved by `shift`; pairs agree up to small noise."""
+    rng, runs = np.random.default_rng(0), {}
+    for seed in seeds:
+        base = rng.normal(2.0, 0.5, items)
+        for arm in arms:
+            moved = base + 0.001 * rng.standard_normal(items) + shift * (arm == arms[-1])
+            runs[arm, seed] = made_run({f"e{i}": v for i, v in enumerate(moved)})
+    return runs
+
+
+def test_pairs_are_treatment_minus_the_mean_of_controls():
+    nll = {"a": 1.0, "b": 2.0}
+    runs = {
+        ("neft", 0): made_run(nll),
+        ("dropout", 0): made_run({"b": 1.0, "a": 3.0}),
+        ("decay", 0): made_run({"a": 2.0, "b": 2.0}),
+        ("neft", 1): made_run(nll),  # no partner: left out
+    }
+    deltas = paired(runs, "neft", ["dropout", "decay"], "test_nll", DECODING)
+    assert deltas.set_index("example_id").delta.to_dict() == {"a": -1.5, "b": 0.5}
+    assert set(deltas.seed) == {0}
+    assert paired(runs, "neft", ["dropout"], "arithmetic", DECODING) is None
+
+
+def test_runs_that_were_asked_different_items_are_refused():
+    runs = {("neft", 0): made_run({"a": 1.0}), ("baseline", 0): made_run({"b": 1.0})}
+    with pytest.raises(ConfigError, match="test_nll: neft and baseline of seed 0"):
+        paired(runs, "neft", ["baseline"], "test_nll", DECODING)
+
+
+def test_a_missing_preference_drops_its_pair_and_nothing_else():
+    def judged(values):
+        rows = [("test", f"e{i}", v, v, v, 9, 9) for i, v in enumerate(values)]
+        return pd.DataFrame(rows, columns=tasks.ITEM_COLUMNS["preferences.csv"])
+
+    runs = {
+        ("neft", 0): made_run({"a": 1.0}, preferences=judged([1.0, 0.5, math.nan])),
+        ("baseline", 0): made_run({"a": 1.0}, preferences=judged([0.0, math.nan, 1.0])),
+    }
+    deltas = paired(runs, "neft", ["baseline"], "preference", DECODING)
+    assert deltas.set_index("example_id").delta.to_dict() == {"e0": 100.0}
+
+
+def test_items_of_two_tasks_with_equal_names_stay_apart():
+    rows = [("openbookqa", "0", 1, -1.0, 1), ("siqa", "0", 0, -3.0, 0)]
+    table = pd.DataFrame(rows, columns=tasks.ITEM_COLUMNS["task_items.csv"])
+    run = made_run({"a": 1.0}, task_items=table)
+    assert per_item(run, "knowledge", DECODING).to_dict() == {
+        "openbookqa/0": -1.0,
+        "siqa/0": -3.0,
+    }
+    assert per_item(run, "siqa", DECODING).to_dict() == {"siqa/0": 0.0}
+
+
+def test_a_rise_is_measured_from_the_same_model_unperturbed():
+    rows = [
+        *(("none", 0.0, name, value) for name, value in (("a", 1.0), ("b", 2.0))),
+        *(("weights", level, name, 1.0 + 10 * level) for level in (0.1, 0.3) for name in "ab"),
+    ]
+    table = pd.DataFrame(rows, columns=tasks.ITEM_COLUMNS["perturbed_losses.csv"])
+    run = made_run({"a": 1.0}, perturbed_losses=table)
+    rise = per_item(run, "weight_rise", DECODING)
+    assert rise.to_dict() == pytest.approx({"a": 2.0, "b": 1.0})
+
+
+def test_which_arms_a_claim_compares():
+    profile = load_profile("cpu-long")
+    assert claims.arms_of("confirmatory", profile) == ("neft_a15", ["baseline"])
+    assert claims.arms_of("low_data", profile) == ("neft_a15_quarter", ["baseline_quarter"])
+    assert claims.arms_of("regularisers", profile) == ("neft_a15", ["dropout", "decay"])
+    assert claims.arms_of("alpha", profile) is None is claims.arms_of("much_data", profile)
+    gpu = load_profile("gpu-small")
+    assert claims.arms_of("alpha", gpu) == ("neft_a15", ["neft_a5"])
+    assert claims.arms_of("too_strong", gpu) == ("neft_a45", ["baseline"])
+    assert claims.arms_of("much_data", gpu) == ("neft_a15", ["baseline"])
+    ablations = load_profile("gpu-ablations")
+    assert claims.arms_of("too_strong", ablations) == ("neft_a45", ["baseline"])
+    assert claims.arms_of("alpha", ablations) == ("neft_a15", ["neft_a5"])
+
+
+@pytest.mark.parametrize(
+    "shift, words",
+    [(-0.05, "detected"), (0.05, "detected, opposite to the claim"), (0.0, "not detected (could")],
+)
+def test_verdicts_follow_the_effect(shift, words):
+    profile = load_profile("nano")
+    runs = some_runs(shift)
+    seeds = by_seed(runs, DECODING)
+    rows = {row["id"]: row for row in claims.ledger(runs, seeds, profile, DECODING)}
+    assert rows["confirmatory"]["verdict"].startswith(words)
+    assert rows["confirmatory"]["estimate"] == pytest.approx(shift, abs=0.001)
+    assert rows["longer_answers"]["verdict"] == "not testable here (see profile cpu-long)"
+    assert rows["longer_answers"]["estimate"] is None
+    assert rows["few_lines"]["estimate"] == rows["few_lines"]["ci_low"] == 3
+    contrast = rows["across_models"]["contrast"]
+    assert contrast is None and rows["confirmatory"]["contrast"] == "neft_a15 - baseline"
+
+
+def judged_runs(taste, seeds=3, n=600):
+    """Runs whose judge likes length; the treatment is longer, and better by `taste` logits."""
+    rng, runs = np.random.default_rng(1), {}
+    columns = tasks.ITEM_COLUMNS["preferences.csv"]
+    for seed in range(seeds):
+        reference = rng.integers(700, 1200, n)
+        for arm, longer in (("baseline", 0), ("neft_a15", 120)):
+            chars = reference + rng.normal(longer, 150, n).astype(int)
+            term = np.tanh((chars - reference) / (chars - reference).std())
+            logit = 2 * term + taste * (arm == "neft_a15")
+            wins = 1.0 * (rng.random(n) < 1 / (1 + np.exp(-logit)))
+            rows = zip(["test"] * n, map(str, range(n)), *[wins] * 3, chars, reference, strict=True)
+            table = pd.DataFrame(rows, columns=columns)
+            runs[arm, seed] = made_run({"a": 1.0}, preferences=table)
+    return runs
+
+
+@pytest.mark.parametrize("taste, better", [(0.0, False), (1.0, True)])
+def test_longer_alone_is_not_better_at_equal_length(taste, better):
+    profile, runs = load_profile("nano"), judged_runs(taste)
+    views = length_views(runs, "neft_a15", "baseline")
+    means = views.groupby("view").estimate.mean()
+    assert means["raw"] > 5 and (means["tanh"] > 10) == better and abs(means["tanh"]) < 30
+    assert {"pooled_tanh", "log_ratio", "pooled_log_ratio", "matched_0.5"} <= set(means.index)
+    seeds = by_seed(runs, DECODING)
+    rows = {row["id"]: row for row in claims.ledger(runs, seeds, profile, DECODING)}
+    assert rows["beyond_length"]["verdict"].startswith("detected") == better
+    assert rows["better_answers"]["verdict"].startswith("detected")
+    assert length_views(some_runs(0), "neft_a15", "baseline").empty
+
+
+def test_what_the_paper_reports_comes_from_its_tables():
+    quoted = claims.paper_values()
+    assert quoted["1/7 Alpaca win"] == "29.79 to 64.69"
+    assert quoted["4 Alpaca chars"] == "375.22 to 1061.89"
+    assert quoted["3 Alpaca alphas"] == "31.43, 28.57, 29.01"
+    assert quoted["2 gains"] == "7.3 to 13.8" and quoted["5 long"] == "48.01"
+    for claim in claims.CLAIMS.values():
+        assert "{" not in claim.paper.format(**quoted)
+        assert claim.metric in METRICS or claim.metric == "lines"
+
+
+def test_markdown_has_one_row_a_claim_and_no_interval_where_none_exists():
+    profile = load_profile("nano")
+    runs = some_runs(0.01, seeds=[0])
+    rows = claims.ledger(runs, by_seed(runs, DECODING), profile, DECODING)
+    lines = claims.claims_markdown(rows).splitlines()
+    assert len(lines) == 2 + len(claims.CLAIMS)
+    assert "nan" not in " ".join(lines) and "[" not in lines[2].split("|")[2]
+    pairs = itertools.pairwise(lines[2:])
+    assert all(a.count("|") == b.count("|") for a, b in pairs)

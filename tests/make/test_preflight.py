@@ -1,0 +1,115 @@
+"""What is refused before anything starts, and what is only said."""
+
+import dataclasses
+import os
+import shutil
+
+import pytest
+
+from neft_utils.base.paths import Paths
+from neft_utils.base.profiles import Judge
+from neft_utils.base.read_profile import load_profile
+from neft_utils.base.strict import ConfigError
+from neft_utils.make import preflight, workflow
+from neft_utils.make.preflight import check, memory_gb
+from neft_utils.train.finetune import finetune
+
+NANO = load_profile("nano")
+GPU = dataclasses.replace(NANO, device="cuda", gpu_memory_gb=20.0)
+SMI = "#!/bin/sh\necho 'NVIDIA A10G, {mib}'\n"
+
+
+def card(folder, monkeypatch, mib):
+    """An nvidia-smi that lists one card, first on the path."""
+    tool = folder / "nvidia-smi"
+    tool.write_text(SMI.format(mib=mib))
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_a_machine_that_will_do_is_described(tmp_path, monkeypatch):
+    found = dict(check(NANO))
+    assert found["packages"] == "as pinned" and found["device"].startswith("CPU, ")
+    assert "free" in found["disk"] and found["model"] == "nano" and "judge" not in found
+    card(tmp_path, monkeypatch, 24576)
+    assert dict(check(GPU))["device"] == "NVIDIA A10G, 26 GB"
+
+
+def test_runs_go_side_by_side_on_a_card_as_asked_and_as_memory_allows(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "memory_gb", lambda: 16.0)
+    small = dataclasses.replace(GPU, gpu_memory_gb=6.0, memory_gb=2.0)
+    assert workflow.workers(small, 5) == 5  # `make plan` for another machine
+    card(tmp_path, monkeypatch, 24576)
+    assert [workflow.workers(small, cores) for cores in (1, 2, 9)] == [1, 2, 4]
+    monkeypatch.setattr(preflight, "cores", lambda: 3)
+    assert workflow.workers(small) == 3 and workflow.workers(GPU) == 1  # a large model fills a card
+    monkeypatch.setattr(preflight, "cores", lambda: 64)
+    roomy = dataclasses.replace(small, memory_gb=0.5, gpu_memory_gb=1.0)
+    assert workflow.workers(small) == 4 and workflow.workers(roomy) == 9
+    assert workflow.workers(dataclasses.replace(small, memory_gb=7.0), 9) == 2
+    assert workflow.workers(dataclasses.replace(small, gpu_memory_gb=0.0), 9) == 1
+    assert workflow.workers(dataclasses.replace(NANO, memory_gb=20.0), 9) == 1
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="has a GPU")
+def test_no_gpu_is_refused_before_and_at_training(tmp_path):
+    with pytest.raises(ConfigError, match="needs a GPU and none is here: use PROFILE=cpu"):
+        check(GPU)
+    check(GPU, here=False)  # a cluster's nodes may have what the head has not
+    paths = Paths("nano", str(tmp_path))
+    with pytest.raises(ConfigError, match="torch sees none"):
+        finetune(GPU, "baseline", 0, paths)
+
+
+def test_too_little_gpu_memory_memory_and_disk(tmp_path, monkeypatch):
+    card(tmp_path, monkeypatch, 8192)
+    with pytest.raises(ConfigError, match="needs 20 GB of GPU memory, NVIDIA A10G has 9: lower"):
+        check(GPU)
+    with pytest.raises(ConfigError, match="needs 100000 GB of memory a run.*lower"):
+        check(dataclasses.replace(NANO, memory_gb=1e5))
+    with pytest.raises(ConfigError, match="GB more of disk, free are .*free some space"):
+        check(dataclasses.replace(NANO, disk_gb=1e6))
+
+
+def test_packages_that_are_missing_or_other_versions(tmp_path, monkeypatch):
+    pins = tmp_path / "requirements.txt"
+    pins.write_text("torch==1.0.0  # old\nno-such-package==2.0  # missing\n")
+    monkeypatch.setattr(pins, "PINS", pins)
+    with pytest.raises(ConfigError) as caught:
+        check(NANO)
+    assert "not 1.0.0; no-such-package is missing, not 2.0: run make env" in str(caught.value)
+
+
+def test_a_judge_without_its_key_is_said_not_refused(monkeypatch):
+    judge = Judge(model="some-judge", key_variable="SOME_KEY", max_usd=2.0)
+    judged = dataclasses.replace(NANO, evaluate=dataclasses.replace(NANO.evaluate, judge=judge))
+    monkeypatch.delenv("SOME_KEY", raising=False)
+    assert dict(check(judged))["judge"] == "SOME_KEY is not set: preferences will be left out"
+    monkeypatch.setenv("SOME_KEY", "canary-1234")
+    said = str(check(judged))
+    assert "at most 2 USD" in said and "canary" not in said
+
+
+def test_a_container_has_less_memory_than_its_machine(tmp_path, monkeypatch):
+    whole = memory_gb()
+    limit = tmp_path / "memory.max"
+    limit.write_text("1000000000\n")
+    monkeypatch.setattr(preflight, "LIMIT", limit)
+    assert memory_gb() == 1.0 < whole
+    limit.write_text("max\n")
+    assert memory_gb() == whole
+
+
+def test_models_that_are_not_here_yet(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+
+    def model(**changes):
+        return dataclasses.replace(NANO, model=dataclasses.replace(NANO.model, **changes))
+
+    away = model(source="owner/some-model", revision="0" * 40)
+    assert dict(check(away))["model"] == "owner/some-model, to be downloaded from the hub"
+    with pytest.raises(ConfigError, match="pin a commit of owner/some-model"):
+        check(model(source="owner/some-model"))
+    with pytest.raises(ConfigError, match="neither a folder nor a hub id"):
+        check(model(source="./not/there"))
+    assert dict(check(model(source=str(tmp_path))))["model"] == str(tmp_path)

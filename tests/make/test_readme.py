@@ -1,0 +1,181 @@
+"""Expected values beside ours, and the README's blocks, which are all made from files."""
+
+import json
+import re
+import shutil
+
+import pandas as pd
+import pytest
+
+from neft_utils.base.files import ROOT
+from neft_utils.base.paths import BASE, REFERENCE, Paths
+from neft_utils.base.read_profile import load_profile
+from neft_utils.base.strict import ConfigError
+from neft_utils.compare import claims, expected, published
+from neft_utils.compare.runs import load_runs, open_results
+from neft_utils.compare.tables import side_by_side
+from neft_utils.make import readme
+
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+@pytest.fixture
+def places(monkeypatch, tmp_path):
+    """Paths of smoke here, and the folder of its reference."""
+    monkeypatch.setattr("neft_utils.base.paths.ROOT", tmp_path)
+    return Paths("smoke", "results/local"), Paths("smoke", REFERENCE).results
+
+
+def write(folder, name, nll):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame({"split": ["train", "test", "ood"], "nll": nll}).to_csv(path, index=False)
+
+
+def by_split(losses):
+    return losses.groupby("split").nll.mean()
+
+
+def test_ours_beside_the_reference(places):
+    paths, reference = places
+    write(paths.results, "losses.csv", [1.0, 2.0, 3.0])
+    assert set(expected.beside(paths, "losses.csv", by_split).verdict) == {"no reference"}
+    write(reference, "losses.csv", [1.02, 2.04, None])
+    table = expected.beside(paths, "losses.csv", by_split)
+    assert table.verdict.to_dict() == {
+        "train": "as expected",
+        "test": "outside",
+        "ood": "no reference",
+    }
+    assert table.here["test"] == 2.0 and table.expected["test"] == 2.04
+    assert set(table.tolerance) == {"± 0.03 nats/token"}
+    wider = expected.beside(paths, "losses.csv", by_split, "share")
+    assert wider.verdict["test"] == "as expected"
+
+
+def test_the_same_files_or_which_differ(places):
+    paths, reference = places
+    manifest = {"files": {"a.jsonl": "1", "b.jsonl": "2"}}
+    assert "no reference of profile smoke" in expected.same_files(paths, manifest)
+    reference.mkdir(parents=True)
+    (reference / "manifest.json").write_text(json.dumps(manifest))
+    assert expected.same_files(paths, manifest).startswith("all 2 files have")
+    other = {"files": {"a.jsonl": "1", "b.jsonl": "3"}}
+    assert "not the reference's files: b.jsonl" in expected.same_files(paths, other)
+
+
+def test_how_long_a_notebook_took(places):
+    paths, reference = places
+    assert "no reference run" in expected.how_long(paths, 3)
+    for profile, durations in ((reference.with_name("cpu"), (60, 130, 110)), (reference, (30,))):
+        (profile / "notebooks").mkdir(parents=True)
+        for seed, duration in enumerate(durations):
+            about = {"metadata": {"papermill": {"duration": duration}}}
+            copy = profile / "notebooks" / f"03_finetune_qlora__baseline-s{seed}.ipynb"
+            copy.write_text(json.dumps(about))
+        (profile / "runs" / "baseline-s0").mkdir(parents=True)
+        about = {"device": "Abacus", "threads": 1, "peak_memory_gb": 2.25}
+        (profile / "runs" / "baseline-s0" / "provenance.json").write_text(json.dumps(about))
+    assert expected.how_long(paths, 3) == (
+        "30 s in the reference run of profile smoke (Abacus, 1 thread)"
+    )
+    fallen_back = expected.how_long(Paths("mine", paths.out), 3)
+    assert fallen_back == (
+        "1.8 min (median of 3 runs, at most 2.2 GB) in the reference run of profile cpu"
+        " (Abacus, 1 thread)"
+    )
+    assert expected.how_long(Paths("cpu", paths.out), 3, short=True) == "1.8 min a run"
+
+
+def test_answers_side_by_side():
+    rows = pd.DataFrame(
+        {"set": ["test", "shown", "shown"], "example_id": ["shown-1", "shown-0", "shown-1"]}
+    ).assign(text=["no", "short", "x" * 30])
+    empty = pd.DataFrame()
+    runs = {(BASE, 0): {"generations": rows}, ("noisy", 3): {"generations": rows}}
+    runs |= {("noisy", 1): {"generations": empty}, ("plain", 0): {"generations": empty}}
+    table = side_by_side(runs, [BASE, "plain", "noisy"], ["one?", "two?"], longest=10)
+    assert list(table.columns) == ["base, seed 0", "noisy, seed 3"]
+    assert table.loc["one?"].tolist() == ["short"] * 2
+    assert table.loc["two?", "base, seed 0"] == "x" * 10 + "…"
+
+
+# ------------------------------------------------------------------------------- the README
+
+
+def test_every_block_of_the_readme_is_what_the_files_say():
+    found = list(readme.BLOCK.finditer(README))
+    assert {match[2] for match in found} == set(readme.BLOCKS)
+    assert README.count("<!-- /") == len(found)  # none is left open or misspelt
+    for match in found:
+        assert match[4] == readme.BLOCKS[match[2]](readme._reference(match[3])), match[2]
+
+
+def kept_dose(folder):
+    profile, runs = load_profile(folder.name), load_runs(folder / "runs")
+    found = claims.dose(runs, pd.read_csv(folder / "tables/by_seed.csv"), profile)
+    return found.groupby("arm")[["train_nll", "test_nll"]].mean()
+
+
+def test_what_the_readme_says_in_words_is_what_the_numbers_say():
+    """More rows: same sign, smaller. A packed row's α = 45 does what a sequence's 10 does."""
+    rows, more = (kept_dose(ROOT / REFERENCE / name) for name in ("cpu-long", "gpu-small"))
+    assert "has the same sign and is smaller" in README
+    assert 0 < more.test_nll["neft_a15"] < rows.test_nll["neft_a15"]
+    assert "α = 45 over a packed row does what α = 10 does over each\nsequence" in README
+    packed = kept_dose(readme._reference("gpu-ablations")).loc["packed_a45"]
+    for metric in ("train_nll", "test_nll"):
+        assert abs(packed[metric] - more[metric]["neft_a10"]) < 2e-4 < more[metric]["neft_a30"]
+
+
+def test_a_stale_block_is_written_anew(monkeypatch, tmp_path):
+    readme = tmp_path / "README.md"
+    monkeypatch.setattr(readme, "README", readme)
+    readme.write_text(re.sub(r"29\.79", "99.99", README), "utf-8")
+    assert "99.99" in readme.read_text("utf-8")
+    assert readme.update_readme() and readme.read_text("utf-8") == README
+    assert not readme.update_readme()
+
+
+def test_the_headline_has_the_papers_the_leaderboards_and_our_numbers():
+    match = next(m for m in readme.BLOCK.finditer(README) if m[2] == "headline")
+    rows = [line.split("|")[1:-1] for line in match[4].splitlines()[4:]]
+    paper = published.paper_results().query("table == '1/7' and train_data == 'Alpaca'").value
+    assert [float(cell.split()[0]) for cell in rows[0][1:]] == pytest.approx(
+        [*paper, paper.iloc[1] - paper.iloc[0]]
+    )
+    board = published.leaderboard_rows().query("leaderboard == 'AlpacaEval 1'").set_index("model")
+    for row, column in ((rows[2], "win_rate"), (rows[3], "length_controlled_win_rate")):
+        sides = board.loc[["alpaca-7b", "alpaca-7b-neft"], column]
+        shown = [float(cell.split()[0]) for cell in row[1:3]]
+        assert shown == pytest.approx(sides.tolist(), abs=0.051)
+    losses = [
+        pd.read_csv(path).query("split == 'test'").nll.mean()
+        for arm in ("baseline", "neft_a15")
+        for path in [(readme._reference(match[3]) / "runs").glob(f"{arm}-s*/losses.csv")]
+        for path in path
+    ]
+    half = len(losses) // 2
+    means = [sum(losses[:half]) / half, sum(losses[half:]) / half]
+    shown = [float(cell.split()[0]) for cell in rows[4][1:]]
+    assert shown == pytest.approx([*means, means[1] - means[0]], abs=6e-5)
+    assert f"{half} seed pairs" in rows[4][0]
+
+
+# --------------------------------------------------------------------------- stored results
+
+
+def test_without_own_results_the_evidence_is_read(tmp_path, capsys):
+    profile, paths, runs = open_results("smoke", str(tmp_path))
+    assert profile.name in expected.EVIDENCE and ("baseline", 0) in runs
+    assert paths.out == str(tmp_path)
+    said = capsys.readouterr().out
+    assert said == f"no finished smoke runs in {tmp_path}: reading {REFERENCE}/{profile.name}\n"
+
+
+def test_a_run_of_an_older_version_is_named(tmp_path):
+    run = tmp_path / "runs" / "baseline-s0"
+    shutil.copytree(readme._reference("cpu") / "runs" / "baseline-s0", run)
+    (run / "stopping.csv").unlink()
+    with pytest.raises(ConfigError, match="^run baseline-s0 has no stopping: .*make reproduce$"):
+        load_runs(tmp_path / "runs")
