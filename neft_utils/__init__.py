@@ -19,7 +19,6 @@ _HOME = {
     "load_tokenizer": "train.base_models",
     "response_nll": "train.losses",
     "answer": "evaluate.generate",
-    "finetune": "train.finetune",
     "confirmatory_interval": "compare.stats",
     "verdict": "compare.stats",
 }

@@ -516,6 +516,7 @@ class NEFTuneCallback(TrainerCallback):
     """
 
     def __init__(self, noise_alpha=5.0, *, seed=None, **options):
+        self.options = {"noise_alpha": noise_alpha, "seed": seed, **options}  # as given
         self._arguments = {"noise_alpha": noise_alpha, **options}
         self._seed = seed
         self._calls_before = 0

@@ -1,19 +1,20 @@
-"""Models, places and cuts that several test files share."""
+"""Nano models, rows and runs that several test files share."""
 
-import dataclasses
-
-import pytest
 import torch
+import yaml
+from cells import run_cells
+from peft import PeftModel
 from transformers import TrainerCallback
 
-from neft_utils.base.paths import Paths
+from neft_utils.base import paths as places
+from neft_utils.base.paths import PROFILES, Paths
 from neft_utils.base.profiles import Model
-from neft_utils.data import splits
-from neft_utils.train import trainer
+from neft_utils.base.read_profile import load_profile
+from neft_utils.data.splits import write_splits
+from neft_utils.make.rows import rows_of
 from neft_utils.train.base_models import load_base, load_tokenizer
 from neft_utils.train.encoding import count_tokens
-from neft_utils.train.finetune import finetune
-from neft_utils.train.trainer import build_trainer
+from neft_utils.train.fast import make_fast
 
 
 def lively_nano():
@@ -33,25 +34,51 @@ def silent(text):
     pass
 
 
-class Places(Paths):
-    """Paths with the processed data elsewhere."""
-
-    @property
-    def processed(self):
-        return self.folder
+def prepare(config, seeds, folder, count, **files):
+    """Write the splits of a data section to `folder`; returns the manifest."""
+    return write_splits(folder, *rows_of(config, seeds, count, **files))
 
 
-def places(profile, out, processed):
-    """Places of a profile whose results go below `out`."""
-    paths = Places(profile.name, str(out))
-    object.__setattr__(paths, "folder", processed)
-    return paths
+class Lab:
+    """A nano profile with changes in a folder of its own: its rows, and its runs by notebook.
 
+    changes: {section: {key: value}} or {key: value} of the profile's YAML.
+    """
 
-def prepare(profile, folder):
-    """Write a profile's processed data to `folder`."""
-    count = count_tokens(load_tokenizer(profile.model))
-    splits.prepare(profile.data, profile.all_seeds(), folder, count)
+    def __init__(self, folder, monkeypatch=None, **changes):
+        values = yaml.safe_load((PROFILES / "nano.yaml").read_text("utf-8"))
+        for key, value in changes.items():
+            old = values.get(key)
+            values[key] = {**old, **value} if isinstance(value, dict) and old else value
+        self.file = folder / "lab.yaml"
+        self.file.write_text(yaml.safe_dump(values), "utf-8")
+        self.profile = load_profile(self.file)
+        self.paths = Paths("lab", str(folder / "results"))
+        if monkeypatch is not None:
+            monkeypatch.setattr(places, "ROOT", folder)  # where processed data and results are
+
+    def prepare(self):
+        """Make the rows, as notebook 01 does."""
+        count = count_tokens(load_tokenizer(self.profile.model))
+        prepare(self.profile.data, self.profile.all_seeds(), self.paths.processed, count)
+        return self
+
+    def train(self, arm="neft_a15", seed=0, **how):
+        """Run notebook 03; returns its names."""
+        return self._run(3, arm, seed, **how)
+
+    def score(self, arm="neft_a15", seed=0, **how):
+        """Run notebook 04; returns its names."""
+        return self._run(4, arm, seed, **how)
+
+    def _run(self, step, arm, seed, **how):
+        where = {"PROFILE": str(self.file), "OUT": self.paths.out}
+        return run_cells(step, ARM=arm, SEED=seed, **where, **how)
+
+    def tuned(self, run):
+        """The base with the adapter of a run's folder, ready to be measured."""
+        base = load_base(self.profile.model)
+        return make_fast(PeftModel.from_pretrained(base, run / "adapter")).eval()
 
 
 class Cut(TrainerCallback):
@@ -62,17 +89,8 @@ class Cut(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def saving(profile, **recipe):
-    """The profile with a checkpoint after every step."""
-    changed = dataclasses.replace(profile.train, checkpoint_steps=1, **recipe)
-    return dataclasses.replace(profile, train=changed)
-
-
-def cut_run(profile, arm, paths, monkeypatch):
-    """Train seed 0 of an arm until it is cut; returns the folder with its checkpoints."""
-    build = build_trainer
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "build_trainer", lambda *a: build(*a[:5], [*a[5], Cut()], a[6]))
-        with pytest.raises(KeyboardInterrupt):
-            finetune(profile, arm, 0, paths, silent)
-    return next((paths.run(arm, 0) / "trainer").iterdir())
+# For `edits` of notebook 03: ends training as a kill does, after the third step's checkpoint.
+CUT = (
+    "callbacks=[noise, log],",
+    "callbacks=[noise, log, __import__('tiny').Cut()],",
+)

@@ -78,8 +78,8 @@ SETUP = re.compile(  # answers that only ask for the material or promise to star
     r"|\b(?:understood|acknowledged|i understand|got it|do you (?:have|want|need))\b"
     r"|\bwhat (?:type|kind) of\b.*\?|\b(?:here to|i can) help\b"
 )
-# Step of the funnel -> test of the lower-cased prompt p and response r.
-SHAREGPT_STEPS = {
+# Name -> test of the lower-cased prompt p and response r; true for a row that stays.
+_SHAREGPT = {
     "mostly ASCII": lambda p, r: len((p + r).encode("ascii", "ignore")) >= 0.97 * len(p + r),
     "English function words": lambda p, r: (
         FUNCTION_WORD.search(p) and len(FUNCTION_WORD.findall(r)) >= 0.15 * len(r.split())
@@ -97,6 +97,14 @@ SHAREGPT_STEPS = {
         not (SETUP.search(r[:250]) or (len(r) < 300 and r.endswith("?")))
     ),
 }
+
+
+def _of_row(test):
+    return lambda row: bool(test(row["prompt"].lower(), row["response"].lower()))
+
+
+# Name -> function of a row, in the order in which they are applied.
+SHAREGPT_FILTERS = {name: _of_row(test) for name, test in _SHAREGPT.items()}
 
 
 # --------------------------------------------------------------------------- similarity of texts

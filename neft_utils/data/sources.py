@@ -19,7 +19,7 @@ from neft_utils.base.wheels import wheel_member
 INPUT = "\n\n### Input:\n"  # Stanford Alpaca's heading of what an instruction speaks about
 WANTED = "(instruction, output, optional input), (prompt, response) or messages [{role, content}]"
 
-# Own rows for tests, see _nano_rows: country city ..., word opposite ...
+# Own rows for tests, see own_rows: country city ..., word opposite ...
 CAPITALS = (
     "France Paris Spain Madrid Italy Rome Japan Tokyo Egypt Cairo Peru Lima Kenya Nairobi Norway"
     " Oslo Cuba Havana Greece Athens Poland Warsaw Austria Vienna Canada Ottawa Portugal Lisbon"
@@ -62,7 +62,7 @@ def load_source(config, sharegpt_json=None):
         rows = _sharegpt_rows(sharegpt_json)
         return "conversations that begin human, gpt", rows, hashes_of(sharegpt_json)
     if config.source == "nano":
-        return "rows made in code", _nano_rows(), {}
+        return "rows made in code", own_rows(), {}
     if not config.path:
         raise DataError(f"source {config.source} needs `path`: set it in the profile, under data")
     path = Path(config.path).expanduser()
@@ -155,7 +155,7 @@ def _hub_records(name, path, revision):
         ) from None
 
 
-def _nano_rows():
+def own_rows():
     """84 short rows of our own, for tests: no file, no network, no licence."""
     capitals, opposites = CAPITALS.split(), OPPOSITES.split()
     pairs = [

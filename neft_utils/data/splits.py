@@ -1,13 +1,9 @@
-"""What a run learns from and is asked: one source in, deduplicated splits and a manifest out.
+"""The steps from rows to splits: filters, duplicates, clusters, the split itself, and its files.
 
 A *row* is {"id", "prompt", "response", "n_prompt_tokens", "n_response_tokens", "cluster"}: an
 instruction and its answer, their lengths in tokens of the model's chat template, and the group
 of similar rows it belongs to. Splits are made of whole clusters, so that no test row has a near
 copy in training. Everything is a function of the source, the configuration and the seeds.
-
-The ShareGPT filters are harsh on purpose: those rows were scraped without their writers' consent
-and serve one end, measuring how well a small model predicts plain English answers. Losing a good
-row costs nothing, keeping a private one does.
 """
 
 import math
@@ -17,12 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from neft_utils.base.files import sha256_file, write_json, write_jsonl
-from neft_utils.data.filters import SHAREGPT_STEPS, connected, grams, similar_pairs
+from neft_utils.data.filters import SHAREGPT_FILTERS, connected, grams, similar_pairs
 from neft_utils.data.sources import (
     DataError,
     hashes_of,
-    load_source,
-    mtbench_rows,
     parse_json,
     read_jsonl,
     read_text,
@@ -36,91 +30,17 @@ CONTAMINATED = 0.5  # share of an evaluation prompt's 3-grams from which a row i
 KEYS = ("id", "prompt", "response", "n_prompt_tokens", "n_response_tokens", "cluster")
 
 
-def prepare(
-    data_config,
-    seeds,
-    out_dir,
-    count_tokens,
-    sharegpt_json=None,
-    mtbench_questions=None,
-    mtbench_references=None,
-):
-    """Filter, deduplicate and split one source into out_dir; returns the manifest.
+class Funnel:
+    """Rows on their way through the filters, and how many each filter left: `rows`, `steps`.
 
-    data_config: source, path, revision, max_tokens, {train,validation,test,ood}_rows, split_seed.
-    seeds: one training subset each. count_tokens(rows): (prompt, response) tokens of each row,
-    template and end-of-turn included. ShareGPT and MT-Bench come as paths of their files.
-    Rows of a split are in random order, so its first n rows are a random sample of it, and
-    train-s<seed> of a smaller train_rows is the beginning of that of a larger one. MT-Bench
-    answers (ood) are not held to max_tokens. Raises DataError.
+    step: what the rows are at the beginning. steps: [{"step", "rows"}], as the manifest has them.
     """
-    config, mtbench = data_config, (mtbench_questions, mtbench_references)
-    ood = mtbench_rows(*mtbench, config) if config.ood_rows else []
-    _count(ood, count_tokens)
-    what, rows, hashes = load_source(config, sharegpt_json)
-    funnel = _Funnel(what, rows)
-    funnel.keep("non-empty", lambda row: row["prompt"] and row["response"])
-    if config.source == "sharegpt":
-        for step, fine in SHAREGPT_STEPS.items():
-            funnel.keep(step, lambda row, f=fine: f(row["prompt"].lower(), row["response"].lower()))
-    _count(funnel.rows, count_tokens)
-    if config.source == "sharegpt":
-        funnel.keep(
-            f"prompt <= {MAX_PROMPT_TOKENS} and response >= {MIN_RESPONSE_TOKENS} tokens",
-            lambda row: (
-                row["n_prompt_tokens"] <= MAX_PROMPT_TOKENS
-                and row["n_response_tokens"] >= MIN_RESPONSE_TOKENS
-            ),
-        )
-    most = config.max_tokens
-    funnel.keep(f"total <= {most} tokens", lambda row: _total(row) <= most)
-    _deduplicate(funnel, config.source)
-    if ood:
-        hashes |= hashes_of(*mtbench)
-        asked = [words for row in ood if (words := grams(row["prompt"]))]
-        funnel.keep("no evaluation prompt inside", lambda row: not _contaminated(row, asked))
-    splits = _split(funnel.rows, config) | {"ood": ood[: config.ood_rows]}
-    for seed in seeds:
-        order = np.random.default_rng([config.split_seed, seed]).permutation(len(splits["pool"]))
-        splits[f"train-s{seed}"] = [splits["pool"][i] for i in order[: config.train_rows]]
-    manifest = {
-        "source": config.source,
-        "revision": config.revision,
-        "sources": hashes,
-        "max_tokens": config.max_tokens,
-        "split_seed": config.split_seed,
-        "seeds": list(seeds),
-        "funnel": funnel.steps,
-        "rows": {name: len(rows) for name, rows in splits.items()},
-        "lengths": {name: _quantiles(rows) for name, rows in splits.items()},
-        "pool_total_tokens": [_total(row) for row in splits["pool"]],
-    }
-    return _write(Path(out_dir), splits, manifest)
-
-
-def load_split(out_dir, name):
-    """Rows of the split `name` ("pool", "train-s0", "validation", "test", "ood") of a prepared
-    folder, held against its manifest. Raises DataError."""
-    manifest, path = Path(out_dir) / "manifest.json", Path(out_dir) / f"{name}.jsonl"
-    files = parse_json(read_text(manifest), manifest)["files"] if manifest.is_file() else {}
-    if path.name not in files or not path.is_file():
-        have = ", ".join(file.removesuffix(".jsonl") for file in files) or "nothing"
-        raise DataError(f"{path} is missing: run notebook 01 first (prepared so far: {have})")
-    if sha256_file(path) != files[path.name]:
-        raise DataError(f"{path} has changed since it was prepared: run notebook 01 again")
-    return read_jsonl(path)
-
-
-# ----------------------------------------------------------------------- filtering and splitting
-
-
-class _Funnel:
-    """Rows on their way through the filters, and how many each filter left."""
 
     def __init__(self, step, rows):
         self.rows, self.steps = rows, [{"step": step, "rows": len(rows)}]
 
     def keep(self, step, test):
+        """Keep the rows for which test(row) is true. Raises DataError if none is left."""
         self.rows = [row for row in self.rows if test(row)]
         self.steps.append({"step": step, "rows": len(self.rows)})
         if not self.rows:
@@ -133,18 +53,48 @@ class _Funnel:
             )
 
 
-def _count(rows, count_tokens):
+def text_filters(config):
+    """{name: function of a row, true for a row that stays} of the filters that read texts.
+
+    config: profiles.Data. The ShareGPT ones are harsh on purpose: those rows were scraped without
+    their writers' consent and serve one end, measuring how well a small model predicts plain
+    English answers. Losing a good row costs nothing, keeping a private one does.
+    """
+    filters = {"non-empty": lambda row: row["prompt"] and row["response"]}
+    return filters | (SHAREGPT_FILTERS if config.source == "sharegpt" else {})
+
+
+def length_filters(config):
+    """The same of the filters that look at lengths in tokens, so after `count`."""
+    filters = {}
+    if config.source == "sharegpt":
+        name = f"prompt <= {MAX_PROMPT_TOKENS} and response >= {MIN_RESPONSE_TOKENS} tokens"
+        filters[name] = lambda row: (
+            row["n_prompt_tokens"] <= MAX_PROMPT_TOKENS
+            and row["n_response_tokens"] >= MIN_RESPONSE_TOKENS
+        )
+    most = config.max_tokens
+    return filters | {f"total <= {most} tokens": lambda row: total_tokens(row) <= most}
+
+
+def count(rows, count_tokens):
+    """Give every row its lengths, in place. count_tokens: rows -> [(prompt, response) tokens],
+    template and end-of-turn included."""
     for row, (prompt, response) in zip(rows, count_tokens(rows) if rows else [], strict=True):
         row["n_prompt_tokens"], row["n_response_tokens"] = int(prompt), int(response)
 
 
-def _total(row):
+def total_tokens(row):
+    """Tokens of prompt and response together."""
     return row["n_prompt_tokens"] + row["n_response_tokens"]
 
 
-def _deduplicate(funnel, source):
-    """Give every row its cluster; drop copies: near ones of ShareGPT, exact ones elsewhere."""
-    rows = funnel.rows
+def find_copies(rows, source):
+    """Give every row its cluster, in place; returns (name of the filter, ids of rows to keep).
+
+    Kept is the first of each group of copies: near ones (3-gram Jaccard from DUPLICATE) of
+    ShareGPT, exact ones elsewhere. A cluster joins rows that are alike from SIMILAR on.
+    """
     # Nano rows of one template differ by a word, on purpose: each is a cluster of its own.
     pairs = [] if source == "nano" else list(similar_pairs(rows, SIMILAR))
     for row, root in zip(rows, connected(len(rows), [(i, j) for i, j, _ in pairs]), strict=True):
@@ -156,18 +106,26 @@ def _deduplicate(funnel, source):
         first, step = {}, "one of each group of exact copies"
         texts = ((row["prompt"], row["response"]) for row in rows)
         roots = [first.setdefault(text, i) for i, text in enumerate(texts)]
-    kept = {rows[root]["id"] for root in roots}
-    funnel.keep(step, lambda row: row["id"] in kept)
+    return step, {rows[root]["id"] for root in roots}
 
 
-def _contaminated(row, asked):
-    """Whether a row holds a good part of an evaluation prompt, given as sets of 3-grams."""
-    own = grams(row["prompt"]) | grams(row["response"])
-    return any(len(own & prompt) >= CONTAMINATED * len(prompt) for prompt in asked)
+def holds_no(prompts):
+    """A filter of rows that hold no good part (CONTAMINATED) of any of these rows' prompts."""
+    asked = [words for row in prompts if (words := grams(row["prompt"]))]
+
+    def clean(row):
+        own = grams(row["prompt"]) | grams(row["response"])
+        return not any(len(own & prompt) >= CONTAMINATED * len(prompt) for prompt in asked)
+
+    return clean
 
 
-def _split(rows, config):
-    """Whole clusters in random order: each goes where it still fits, test first, else to pool."""
+def split(rows, config):
+    """{"pool", "validation", "test"}: whole clusters in random order, none on two sides.
+
+    Each cluster goes where it still fits, test first, else to pool. Rows of a split are in random
+    order, so its first n rows are a random sample of it. Raises DataError for too few rows.
+    """
     clusters = defaultdict(list)
     for row in rows:
         clusters[row["cluster"]].append(row)
@@ -188,7 +146,32 @@ def _split(rows, config):
     return splits
 
 
+def draw(pool, config, seed):
+    """The training rows of a seed: `train_rows` of the pool in an order of its own.
+
+    A smaller draw is the beginning of a larger one.
+    """
+    order = np.random.default_rng([config.split_seed, seed]).permutation(len(pool))
+    return [pool[i] for i in order[: config.train_rows]]
+
+
 # ------------------------------------------------------------------------------------ writing
+
+
+def describe(config, seeds, funnel, splits, hashes):
+    """The manifest: where the rows come from (hashes: {file: sha256}), how many and how long."""
+    return {
+        "source": config.source,
+        "revision": config.revision,
+        "sources": hashes,
+        "max_tokens": config.max_tokens,
+        "split_seed": config.split_seed,
+        "seeds": list(seeds),
+        "funnel": funnel.steps,
+        "rows": {name: len(rows) for name, rows in splits.items()},
+        "lengths": {name: _quantiles(rows) for name, rows in splits.items()},
+        "pool_total_tokens": [total_tokens(row) for row in splits["pool"]],
+    }
 
 
 def _quantiles(rows):
@@ -202,13 +185,17 @@ def _quantiles(rows):
         return dict(zip(points, values.tolist(), strict=True))
 
     return {
-        "total": of([_total(row) for row in rows]),
+        "total": of([total_tokens(row) for row in rows]),
         "response": of([row["n_response_tokens"] for row in rows]),
     }
 
 
-def _write(out_dir, splits, manifest):
-    """Splits first, manifest last: while there is no manifest, load_split gives no row."""
+def write_splits(out_dir, splits, manifest):
+    """Write every split as JSON Lines and the manifest, with their sha256; returns it.
+
+    Splits first, manifest last: while there is no manifest, load_split gives no row.
+    """
+    out_dir = Path(out_dir)
     (out_dir / "manifest.json").unlink(missing_ok=True)
     paths = {name: out_dir / f"{name}.jsonl" for name in splits}
     for stale in set(out_dir.glob("train-s*.jsonl")) - set(paths.values()):
@@ -218,6 +205,22 @@ def _write(out_dir, splits, manifest):
     manifest["files"] = hashes_of(*paths.values())
     write_json(out_dir / "manifest.json", manifest)
     return manifest
+
+
+# ------------------------------------------------------------------------------------ reading
+
+
+def load_split(out_dir, name):
+    """Rows of the split `name` ("pool", "train-s0", "validation", "test", "ood") of a prepared
+    folder, held against its manifest. Raises DataError."""
+    manifest, path = Path(out_dir) / "manifest.json", Path(out_dir) / f"{name}.jsonl"
+    files = parse_json(read_text(manifest), manifest)["files"] if manifest.is_file() else {}
+    if path.name not in files or not path.is_file():
+        have = ", ".join(file.removesuffix(".jsonl") for file in files) or "nothing"
+        raise DataError(f"{path} is missing: run notebook 01 first (prepared so far: {have})")
+    if sha256_file(path) != files[path.name]:
+        raise DataError(f"{path} has changed since it was prepared: run notebook 01 again")
+    return read_jsonl(path)
 
 
 def train_rows(profile, arm, seed, paths):

@@ -11,7 +11,6 @@ import os
 import shlex
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 from neft_utils.base.files import ROOT, atomic_write_text, read_json, write_json
@@ -132,7 +131,8 @@ def plan(arguments):
 
 def check(arguments):
     """What would stop a run of the profile: machine, model, tokenizer, rows. Writes nothing."""
-    from neft_utils.data import sources, splits
+    from neft_utils.data import sources
+    from neft_utils.make.rows import rows_of
     from neft_utils.train.base_models import check_model
     from neft_utils.train.encoding import count_tokens
 
@@ -141,9 +141,8 @@ def check(arguments):
         print(f"{what}: {found}")
     _, tokenizer = check_model(profile)
     files, count = sources.source_files(profile.data), count_tokens(tokenizer)
-    with tempfile.TemporaryDirectory() as folder:
-        rows = splits.prepare(profile.data, profile.all_seeds(), folder, count, **files)["rows"]
-    print("rows: " + ", ".join(f"{name} {count}" for name, count in rows.items()))
+    made, _ = rows_of(profile.data, profile.all_seeds(), count, **files)
+    print("rows: " + ", ".join(f"{name} {len(rows)}" for name, rows in made.items()))
 
 
 # ------------------------------------------------------------------------------ one notebook

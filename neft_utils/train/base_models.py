@@ -1,14 +1,12 @@
 """Base and fine-tuned models in memory, and their tokenizers."""
 
-from pathlib import Path
-
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from neft_utils.base.strict import ConfigError
 from neft_utils.train.fast import make_fast
-from neft_utils.train.folders import _device_map, model_folder, nf4_config
+from neft_utils.train.folders import device_map, model_folder, nf4_config
 
 
 def load_tokenizer(model):
@@ -47,7 +45,7 @@ def require_device(profile):
 def load_base(model, base_weights=None, dtype=torch.bfloat16):
     """The base model in dtype (or 4-bit for "nf4"), in eval mode, with per-document attention."""
     base_weights = base_weights or model.base_weights
-    options = {"dtype": dtype, **_device_map()}
+    options = {"dtype": dtype, **device_map()}
     if base_weights == "nf4":
         options["quantization_config"] = nf4_config()
     folder = model_folder(model, base_weights)
@@ -88,35 +86,7 @@ def check_model(profile):
     return model, tokenizer
 
 
-def load_run(model, run):
-    """The fine-tuned model of a run's folder, in eval mode.
-
-    model: config.Model. An adapter is not merged: in bf16 that would round part of it away.
-    """
-    from peft import PeftModel
-
-    whole = Path(run) / "model"
-    if whole.is_dir():
-        options = {"dtype": torch.bfloat16, **_device_map()}
-        loaded = AutoModelForCausalLM.from_pretrained(whole, local_files_only=True, **options)
-        return make_fast(loaded).eval()
-    # Nothing is trained here: adapters in the base's dtype, in which they are multiplied anyway.
-    options = {"autocast_adapter_dtype": False}
-    tuned = PeftModel.from_pretrained(load_base(model), Path(run) / "adapter", **options)
-    return make_fast(tuned).eval()
-
-
 def embedding_norm(model):
     """Mean length of the rows of the input embedding, the yardstick for the noise."""
     weight = model.get_input_embeddings().weight
     return float(weight.detach().float().norm(dim=1).mean())
-
-
-def parameter_counts(model):
-    """{"frozen", "trainable", "head"}: numbers of parameters, for FLOP accounting."""
-    count = {True: 0, False: 0}
-    for p in model.parameters():
-        packed = getattr(p, "quant_state", None)  # of a 4-bit weight, two values a byte
-        count[p.requires_grad] += p.numel() if packed is None else packed.shape.numel()
-    head = model.get_output_embeddings().weight.numel()
-    return {"frozen": count[False], "trainable": count[True], "head": head}

@@ -100,9 +100,9 @@ def _convert_gguf(folder):
 
 
 def _quantize_once(plain, folder):
-    options = {"quantization_config": nf4_config(), "local_files_only": True, **_device_map()}
+    options = {"quantization_config": nf4_config(), "local_files_only": True, **device_map()}
     model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.bfloat16, **options)
-    _save(model.dequantize(), AutoTokenizer.from_pretrained(plain), folder)
+    _save(dequantized(model), AutoTokenizer.from_pretrained(plain), folder)
 
 
 def nf4_config():
@@ -117,13 +117,22 @@ def nf4_config():
     )
 
 
-def _save(model, tokenizer, folder):
-    # save_pretrained refuses weights that still carry a quantisation config.
+def dequantized(model):
+    """A 4-bit model with its linear layers in bf16, each weight at its NF4 value; changed in place.
+
+    Returns the model. transformers' `dequantize` leaves marks behind by which TRL still takes the
+    model for a 4-bit one and `save_pretrained` refuses it: they are cleared here.
+    """
+    model = model.dequantize()
     for owner in (model, model.config):
         for name in ("quantization_config", "hf_quantizer", "_pre_quantization_dtype"):
             if hasattr(owner, name):
                 delattr(owner, name)
-    model.is_quantized = False
+    model.is_quantized = model.is_loaded_in_4bit = False
+    return model
+
+
+def _save(model, tokenizer, folder):
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -166,7 +175,8 @@ def _build_nano(folder):
     _save(model, tokenizer, folder)
 
 
-def _device_map():
+def device_map():
+    """What from_pretrained needs to load onto the first GPU, where there is one: a dict."""
     return {"device_map": {"": 0}} if torch.cuda.is_available() else {}
 
 

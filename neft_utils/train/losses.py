@@ -1,7 +1,5 @@
 """How a response is scored: nats per response token, the head on response positions only."""
 
-import contextlib
-
 import torch
 
 from neft_utils.train.encoding import flat_batch, token_batches
@@ -20,37 +18,30 @@ def response_token_nll(model, batch):
 
 
 @torch.no_grad()
-def response_nll(model, encoded, batch_tokens):
-    """Mean NLL per response token of each encoded example, in nats, in the given order.
+def response_losses(model, encoded, batch_tokens):
+    """(nll, end_nll) of encoded examples, two lists in the given order, in nats.
 
-    Puts the model in eval mode, so no noise and no dropout; examples are grouped by length
-    into rows of at most `batch_tokens` tokens (one example at least).
+    nll: mean per response token; end_nll: of the last one alone, the end of turn. Puts the model
+    in eval mode, so no noise and no dropout; examples are grouped by length into rows of at most
+    `batch_tokens` tokens (one example at least).
     """
     model.eval()
     device = next(model.parameters()).device
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]["input_ids"]))
-    out = [0.0] * len(encoded)
+    means, ends = [0.0] * len(encoded), [0.0] * len(encoded)
     for chosen in token_batches(encoded, order, batch_tokens):
         nll, positions = response_token_nll(model, flat_batch([encoded[i] for i in chosen], device))
-        ends = torch.tensor([len(encoded[i]["input_ids"]) for i in chosen], device=device).cumsum(0)
-        document = torch.searchsorted(ends, positions, right=True)
+        stop = torch.tensor([len(encoded[i]["input_ids"]) for i in chosen], device=device).cumsum(0)
+        document = torch.searchsorted(stop, positions, right=True)
         sums = torch.zeros(len(chosen), device=device).index_add_(0, document, nll)
         counts = [sum(encoded[i]["completion_mask"]) for i in chosen]
-        for i, value, count in zip(chosen, sums.tolist(), counts, strict=True):
-            out[i] = value / count
-    return out
+        last = nll[torch.tensor(counts, device=device).cumsum(0) - 1]
+        rows = zip(chosen, sums.tolist(), counts, last.tolist(), strict=True)
+        for i, value, count, end in rows:
+            means[i], ends[i] = value / count, end
+    return means, ends
 
 
-@contextlib.contextmanager
-def out_of_memory(setting, value):
-    """Turn running out of memory into one line that names the setting to lower."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not known and "allocate memory" not in str(error):
-            raise
-        raise MemoryError(
-            f"out of memory: lower {setting} (now {value}) in the profile, or --cores, and run"
-            " the same command again: finished steps are kept"
-        ) from None
+def response_nll(model, encoded, batch_tokens):
+    """The first of `response_losses`: mean NLL per response token of each example, in nats."""
+    return response_losses(model, encoded, batch_tokens)[0]

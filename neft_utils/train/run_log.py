@@ -9,7 +9,6 @@ from transformers import TrainerCallback
 
 from neft_utils.base.files import write_json
 from neft_utils.base.provenance import matmul_gflops
-from neft_utils.train.base_models import parameter_counts
 from neft_utils.train.losses import response_nll
 
 ROWS = "rows.json"  # in a checkpoint; written last, so that a checkpoint with it is a whole one
@@ -29,32 +28,40 @@ LOG_COLUMNS = [
 class RunLog(TrainerCallback):
     """Collects one row per optimiser step and the clean validation NLL after each epoch.
 
-    tokens_of_step: function from a step to the tokens seen by its end; validation: encoded
-    examples. `rows` become train_log.csv. Raises FloatingPointError for a loss that is not finite.
+    train, validation: encoded examples; batch_tokens: tokens per forward when scoring. `rows`
+    become train_log.csv, `started` and `scoring` are seconds. Raises FloatingPointError for a loss
+    that is not finite.
     """
 
-    def __init__(self, model, tokens_of_step, validation, batch_tokens, say):
-        self.model, self.tokens_of_step, self.say = model, tokens_of_step, say
-        self.validation, self.batch_tokens = validation, batch_tokens
-        self.rows, self.started, self.scoring = [], time.perf_counter(), 0.0
+    def __init__(self, train, validation, batch_tokens, say=print):
+        self.train, self.validation, self.batch_tokens = train, validation, batch_tokens
+        self.say, self.rows = say, []
+        self.started, self.scoring = time.perf_counter(), 0.0
+        self.mean_tokens = sum(len(one["input_ids"]) for one in train) / len(train)
 
-    def validate(self):
+    def tokens_of_step(self, step, args):
+        """Training tokens seen by the end of a step; args: the trainer's arguments."""
+        seen = min(step * args.per_device_train_batch_size, len(self.train) * args.num_train_epochs)
+        return round(seen * self.mean_tokens)
+
+    def validate(self, model):
+        """Mean NLL of the validation examples, noise off; its time is not training time."""
         started = time.perf_counter()
-        scores = response_nll(self.model, self.validation, self.batch_tokens)
-        self.model.train()
+        scores = response_nll(model, self.validation, self.batch_tokens)
+        model.train()
         self.scoring += time.perf_counter() - started
         return sum(scores) / len(scores)
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.started = time.perf_counter()
         if self.rows:  # of the checkpoint that training goes on from
             self.say(f"goes on at step {state.global_step}/{state.max_steps}")
             last = self.rows[-1]
             self.started -= last.get("seconds", 0.0)
             if float(last["epoch"]).is_integer() and "validation_nll" not in last:
-                last["validation_nll"] = self.validate()  # a checkpoint comes before it
+                last["validation_nll"] = self.validate(model)  # a checkpoint comes before it
             return
-        self.rows.append({"step": 0, "epoch": 0.0, "validation_nll": self.validate()})
+        self.rows.append({"step": 0, "epoch": 0.0, "validation_nll": self.validate(model)})
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" not in (logs or {}):
@@ -71,15 +78,15 @@ class RunLog(TrainerCallback):
             "train_loss": logs["loss"],
             "learning_rate": logs["learning_rate"],
             "grad_norm": logs["grad_norm"],
-            "tokens": self.tokens_of_step(state.global_step),
+            "tokens": self.tokens_of_step(state.global_step, args),
             "seconds": round(seconds, 2),
         }
         self.rows.append(row)
         if state.global_step % math.ceil(state.max_steps / 8) == 0:
             self.say(f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.3f}")
 
-    def on_epoch_end(self, args, state, control, **kwargs):
-        self.rows[-1]["validation_nll"] = self.validate()
+    def on_epoch_end(self, args, state, control, model=None, **kwargs):
+        self.rows[-1]["validation_nll"] = self.validate(model)
         self.say(f"epoch {state.epoch:.0f}  validation NLL {self.rows[-1]['validation_nll']:.4f}")
 
     def on_save(self, args, state, control, **kwargs):
@@ -129,3 +136,13 @@ def throughput(model, recipe, encoded, seconds):
         "model_flops_utilisation": round(flops / seconds / 1e9 / matmul_gflops(), 4),
         "trainable_parameters": count["trainable"],
     }
+
+
+def parameter_counts(model):
+    """{"frozen", "trainable", "head"}: numbers of parameters, for FLOP accounting."""
+    count = {True: 0, False: 0}
+    for p in model.parameters():
+        packed = getattr(p, "quant_state", None)  # of a 4-bit weight, two values a byte
+        count[p.requires_grad] += p.numel() if packed is None else packed.shape.numel()
+    head = model.get_output_embeddings().weight.numel()
+    return {"frozen": count[False], "trainable": count[True], "head": head}

@@ -1,23 +1,14 @@
-"""One fine-tuning run, LoRA on a frozen base or all weights, with or without noise.
+"""TRL's SFTTrainer, faster: nothing is computed for padding, and no logits for prompt tokens.
 
-The recipe is the paper's in form: loss on the response only, AdamW, warm-up and cosine decay
-(arXiv 2310.05914, appendix), 128 examples a step at its scale.
-
-TRL's SFTTrainer does the work; the subclass below only changes how the loss is computed
-(head on response tokens, see `model.response_token_nll`) and makes sure that the noise is
-gone when `train()` ends, however it ends.
+The subclass only changes how the loss is computed (`losses.response_token_nll`), and makes sure
+that the noise is gone when `train()` ends, however it ends.
 """
 
 import itertools
-import math
-import warnings
 
 import torch
-from datasets import Dataset, disable_progress_bars
-from peft import LoraConfig, get_peft_model
-from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from neft_utils.noise import NEFTuneCallback
 from neft_utils.train.fast import make_fast
@@ -48,16 +39,17 @@ class PaddingFreeTrainer(SFTTrainer):
     """SFTTrainer whose loss computes nothing for padding and no logits for prompt tokens.
 
     A step's examples come as one row (SFTConfig's `padding_free=True`); forward and backward take
-    it in parts of at most `micro_batch_tokens` tokens: tokens bound memory, not examples. What is trained is float32, also on a 4-bit base, where TRL makes it bf16.
+    it in parts of at most `micro_batch_tokens` tokens, so that tokens bound memory, not examples.
+    What is trained stays float32, also on a 4-bit base, where TRL rounds it to bf16.
     """
 
-    def __init__(self, *args, micro_batch_tokens=2048, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model, *args, micro_batch_tokens=2048, **kwargs):
+        trained = [(p, p.data) for p in model.parameters() if p.requires_grad]
+        super().__init__(model, *args, **kwargs)
+        for parameter, values in trained:
+            parameter.data = values.to(parameter.device, torch.float32)
         self.micro_batch_tokens = micro_batch_tokens
         make_fast(self.model)
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
         self.remove_callback(PrinterCallback)  # a run log writes the rows
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -87,75 +79,3 @@ class PaddingFreeTrainer(SFTTrainer):
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, NEFTuneCallback):
                     callback.remove()
-
-
-def lora_model(base, recipe, seed):
-    """The base with fresh float32 LoRA adapters on all linear layers; the seed fixes them."""
-    set_seed(seed)
-    config = LoraConfig(
-        r=recipe.lora_rank,
-        lora_alpha=recipe.lora_alpha,
-        lora_dropout=recipe.lora_dropout,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(base, config)  # PEFT keeps adapters in float32
-
-
-def trainable(base, recipe, seed):
-    """The model that a recipe trains: adapters on the base, or the base itself in float32."""
-    if recipe.method == "lora":
-        return lora_model(base, recipe, seed)
-    set_seed(seed)
-    return base.float().requires_grad_(True)
-
-
-def build_trainer(model, tokenizer, encoded, recipe, seed, callbacks, folder):
-    """PaddingFreeTrainer on already encoded examples, with the recipe's optimiser.
-
-    Adapters are float32 on bf16 weights; a fully trained model is float32, on a GPU with products
-    in bf16 (autocast).
-    """
-    cuda = torch.cuda.is_available()
-    steps = math.ceil(len(encoded) / recipe.batch_size) * recipe.epochs
-    disable_progress_bars()
-    with warnings.catch_warnings():
-        # SFTConfig's own default warns, and TRL warns at padding-free without FlashAttention;
-        # attention is per document here.
-        warnings.simplefilter("ignore")
-        arguments = SFTConfig(
-            output_dir=str(folder),
-            seed=seed,
-            data_seed=seed,
-            per_device_train_batch_size=recipe.batch_size,
-            num_train_epochs=recipe.epochs,
-            learning_rate=recipe.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=round(recipe.warmup_fraction * steps),
-            weight_decay=recipe.weight_decay,
-            max_grad_norm=recipe.max_grad_norm,
-            padding_free=True,
-            max_length=None,
-            completion_only_loss=True,
-            gradient_checkpointing=recipe.gradient_checkpointing,
-            bf16=cuda and recipe.method == "full",
-            **({"optim": "adamw_bnb_8bit"} if recipe.optimizer == "adamw_8bit" else {}),
-            use_cpu=not cuda,
-            dataloader_pin_memory=False,
-            logging_steps=1,
-            logging_nan_inf_filter=False,
-            save_strategy="steps" if recipe.checkpoint_steps else "no",
-            save_steps=recipe.checkpoint_steps or 1,
-            save_total_limit=2,  # the newest may be cut
-            report_to=[],
-            disable_tqdm=True,
-        )
-        trainer = PaddingFreeTrainer(
-            model=model,
-            args=arguments,
-            processing_class=tokenizer,
-            callbacks=callbacks,
-            train_dataset=Dataset.from_list(encoded),
-            micro_batch_tokens=recipe.micro_batch_tokens,
-        )
-    return trainer

@@ -12,10 +12,10 @@ from neft_utils.base.strict import ConfigError
 from neft_utils.compare import claims
 from neft_utils.compare.metrics import METRICS, per_item
 from neft_utils.compare.tables import by_seed, length_views, paired
-from neft_utils.evaluate import tasks
+from neft_utils.evaluate.scoring import ITEM_COLUMNS
 
 DECODING = "greedy_penalty_1.2"
-NOTHING = {name.removesuffix(".csv"): columns for name, columns in tasks.ITEM_COLUMNS.items()}
+NOTHING = {name.removesuffix(".csv"): columns for name, columns in ITEM_COLUMNS.items()}
 
 
 def made_run(nll, seconds=10.0, **tables):
@@ -72,7 +72,7 @@ def test_runs_that_were_asked_different_items_are_refused():
 def test_a_missing_preference_drops_its_pair_and_nothing_else():
     def judged(values):
         rows = [("test", f"e{i}", v, v, v, 9, 9) for i, v in enumerate(values)]
-        return pd.DataFrame(rows, columns=tasks.ITEM_COLUMNS["preferences.csv"])
+        return pd.DataFrame(rows, columns=ITEM_COLUMNS["preferences.csv"])
 
     runs = {
         ("neft", 0): made_run({"a": 1.0}, preferences=judged([1.0, 0.5, math.nan])),
@@ -84,7 +84,7 @@ def test_a_missing_preference_drops_its_pair_and_nothing_else():
 
 def test_items_of_two_tasks_with_equal_names_stay_apart():
     rows = [("openbookqa", "0", 1, -1.0, 1), ("siqa", "0", 0, -3.0, 0)]
-    table = pd.DataFrame(rows, columns=tasks.ITEM_COLUMNS["task_items.csv"])
+    table = pd.DataFrame(rows, columns=ITEM_COLUMNS["task_items.csv"])
     run = made_run({"a": 1.0}, task_items=table)
     assert per_item(run, "knowledge", DECODING).to_dict() == {
         "openbookqa/0": -1.0,
@@ -98,7 +98,7 @@ def test_a_rise_is_measured_from_the_same_model_unperturbed():
         *(("none", 0.0, name, value) for name, value in (("a", 1.0), ("b", 2.0))),
         *(("weights", level, name, 1.0 + 10 * level) for level in (0.1, 0.3) for name in "ab"),
     ]
-    table = pd.DataFrame(rows, columns=tasks.ITEM_COLUMNS["perturbed_losses.csv"])
+    table = pd.DataFrame(rows, columns=ITEM_COLUMNS["perturbed_losses.csv"])
     run = made_run({"a": 1.0}, perturbed_losses=table)
     rise = per_item(run, "weight_rise", DECODING)
     assert rise.to_dict() == pytest.approx({"a": 2.0, "b": 1.0})
@@ -140,7 +140,7 @@ def test_verdicts_follow_the_effect(shift, words):
 def judged_runs(taste, seeds=3, n=600):
     """Runs whose judge likes length; the treatment is longer, and better by `taste` logits."""
     rng, runs = np.random.default_rng(1), {}
-    columns = tasks.ITEM_COLUMNS["preferences.csv"]
+    columns = ITEM_COLUMNS["preferences.csv"]
     for seed in range(seeds):
         reference = rng.integers(700, 1200, n)
         for arm, longer in (("baseline", 0), ("neft_a15", 120)):

@@ -10,13 +10,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from tiny import prepare
 
 from neft_utils.base.files import ROOT, sha256_file
 from neft_utils.base.profiles import Data
 from neft_utils.data import sources, splits
-from neft_utils.data.filters import SHAREGPT_STEPS
+from neft_utils.data.filters import SHAREGPT_FILTERS
 from neft_utils.data.sources import DataError, read_jsonl
-from neft_utils.data.splits import load_split, prepare
+from neft_utils.data.splits import load_split
 
 JSON = Data(source="json", train_rows=8, validation_rows=4, test_rows=6)
 SHAREGPT = Data(source="sharegpt", train_rows=1, validation_rows=1, test_rows=1)
@@ -121,7 +122,7 @@ def test_sharegpt_is_read_to_its_truncated_end_and_filtered_step_by_step(tmp_pat
     assert manifest["funnel"][-1]["rows"] == 4
     counts = [step["rows"] for step in manifest["funnel"]]
     assert counts == sorted(counts, reverse=True)
-    assert list(SHAREGPT_STEPS) == [s["step"] for s in manifest["funnel"]][2:-3]
+    assert list(SHAREGPT_FILTERS) == [s["step"] for s in manifest["funnel"]][2:-3]
     splits = [load_split(tmp_path / "out", name) for name in ("pool", "validation", "test")]
     assert sorted(row["id"] for row in sum(splits, [])) == [f"good{i}_0" for i in range(4)]
     assert {row["prompt"] for split in splits for row in split} == {prompt for prompt, _ in GOOD}
@@ -130,7 +131,8 @@ def test_sharegpt_is_read_to_its_truncated_end_and_filtered_step_by_step(tmp_pat
 
 @pytest.mark.parametrize("prompt, response", GOOD)
 def test_plain_rows_pass_every_sharegpt_filter(prompt, response):
-    assert all(fine(prompt.lower(), response.lower()) for fine in SHAREGPT_STEPS.values())
+    row = {"prompt": prompt, "response": response}
+    assert all(keeps(row) for keeps in SHAREGPT_FILTERS.values())
 
 
 @pytest.mark.parametrize(
@@ -190,7 +192,8 @@ def test_plain_rows_pass_every_sharegpt_filter(prompt, response):
     ],
 )
 def test_each_sharegpt_filter_drops_what_its_name_says(step, prompt, response):
-    failed = [s for s, fine in SHAREGPT_STEPS.items() if not fine(prompt.lower(), response.lower())]
+    row = {"prompt": prompt, "response": response}
+    failed = [name for name, keeps in SHAREGPT_FILTERS.items() if not keeps(row)]
     assert failed and failed[0] == step
 
 
@@ -279,14 +282,16 @@ def test_equal_inputs_give_equal_bytes_whatever_the_hash_seed(tmp_path):
     path = write(tmp_path / "rows.json", rows)
     script = (
         "import sys; from neft_utils.base.profiles import Data;"
-        " from neft_utils.data.splits import prepare\n"
+        " from tiny import prepare\n"
         "sizes = {'train_rows': 8, 'validation_rows': 4, 'test_rows': 6}\n"
         "config = Data(source='json', path=sys.argv[1], **sizes)\n"
         "prepare(config, [3], sys.argv[2],"
         " lambda rows: [(5, len(r['response'])) for r in rows])"
     )
     for seed in ("1", "2"):
-        environment = os.environ | {"PYTHONHASHSEED": seed, "LC_ALL": "C", "PYTHONPATH": str(ROOT)}
+        path_of = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+        environment = {"PYTHONHASHSEED": seed, "LC_ALL": "C", "PYTHONPATH": path_of}
+        environment = os.environ | environment
         command = [sys.executable, "-c", script, str(path), str(tmp_path / seed)]
         subprocess.run(command, env=environment, check=True)
     for file in sorted((tmp_path / "1").iterdir()):

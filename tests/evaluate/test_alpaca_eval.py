@@ -1,16 +1,14 @@
 """AlpacaEval's prompts, put to a run and exported: own texts in the submission's layout."""
 
-import dataclasses
 import json
 
 import pandas as pd
 import pytest
-from tiny import places, prepare
+from tiny import Lab
 
 from neft_utils.base.paths import BASE
-from neft_utils.base.read_profile import load_profile
 from neft_utils.data.sources import DataError
-from neft_utils.evaluate import alpaca_eval, tasks
+from neft_utils.evaluate import alpaca_eval
 
 TEXTS = ["Name a colour.", "Count to three.", "Say hello."]
 
@@ -27,16 +25,11 @@ def submission(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def scored(submission, tmp_path):
+def scored(submission, tmp_path, monkeypatch):
     """The nano base, asked the first two prompts; its run's folder."""
-    nano = load_profile("nano")
-    asked = dataclasses.replace(
-        nano.evaluate, alpaca_eval_prompts=2, length_arm_prompts=0, stability_rows=0
-    )
-    profile = dataclasses.replace(nano, evaluate=asked)
-    paths = places(profile, tmp_path, tmp_path / "processed")
-    prepare(profile, paths.processed)
-    return tasks.evaluate(profile, BASE, 0, paths, lambda text: None)
+    asked = {"alpaca_eval_prompts": 2, "length_arm_prompts": 0, "stability_rows": 0}
+    lab = Lab(tmp_path, monkeypatch, evaluate=asked).prepare()
+    return lab.score(BASE)["scoring"].folder
 
 
 def test_rows_have_the_reference_and_an_id_that_hides_the_text(submission):

@@ -16,11 +16,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from neft_utils.base.paths import Paths
 from neft_utils.base.profiles import Judge
 from neft_utils.base.read_profile import load_profile
 from neft_utils.base.strict import ConfigError
-from neft_utils.evaluate import judge, tasks
+from neft_utils.evaluate import judge
+from neft_utils.evaluate.preferences import preferences
+from neft_utils.evaluate.scoring import ITEM_COLUMNS
 
 USAGE = {"prompt_tokens": 100, "completion_tokens": 1}
 TAGGED = r"<{0} ([0-9a-f]{{16}})>\n(.*?)\n</{0} \1>"
@@ -751,11 +752,11 @@ def some_answers():
 def test_a_run_has_its_penalised_test_answers_judged(serve, tmp_path):
     url, requests = serve(longer_wins)
     rows, answers = some_answers()
-    places, profile = Paths("nano", str(tmp_path)), judged_profile(base_url=url)
-    frame, summary = tasks.judge_answers(profile, answers, rows, places, lambda text: None)
+    profile = judged_profile(base_url=url)
+    frame, summary = preferences(profile, answers, rows, tmp_path, lambda text: None)
     assert frame.groupby("set").size().to_dict() == {"test": 3, "test_cut": 3}
     assert (frame.preference == 1).all() and set(frame.columns) == set(
-        tasks.ITEM_COLUMNS["preferences.csv"]
+        ITEM_COLUMNS["preferences.csv"]
     )
     assert summary["test"]["win_rate"] == 100 and summary["test_cut"]["n"] == 3
     assert len(requests) == 6  # three pairs in both orders; the cut answers are the same texts
@@ -764,7 +765,7 @@ def test_a_run_has_its_penalised_test_answers_judged(serve, tmp_path):
 def test_without_a_key_a_run_says_what_it_leaves_out(monkeypatch, tmp_path):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     rows, answers = some_answers()
-    said, places = [], Paths("nano", str(tmp_path))
-    frame, summary = tasks.judge_answers(judged_profile(), answers, rows, places, said.append)
+    said = []
+    frame, summary = preferences(judged_profile(), answers, rows, tmp_path, said.append)
     assert frame is None and "OPENAI_API_KEY" in summary["left_out"]
     assert len(said) == 1 and said[0].startswith("no preferences: ")

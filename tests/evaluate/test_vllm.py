@@ -11,27 +11,24 @@ import torch
 import yaml
 from chains import copy_of_the_repository, neft
 from peft import LoraConfig, get_peft_model
-from tiny import places, prepare, silent
+from tiny import Lab, silent
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from neft_utils.base.paths import BASE, PROFILES
+from neft_utils.base.paths import BASE, PROFILES, Paths
 from neft_utils.base.profiles import Arm, Model
 from neft_utils.base.read_profile import load_profile
 from neft_utils.base.strict import ConfigError
 from neft_utils.compare.runs import caveats, load_runs
 from neft_utils.data.sources import read_jsonl
-from neft_utils.evaluate import tasks
 from neft_utils.evaluate.generate import answer, first_turn, stop_ids
 from neft_utils.evaluate.vllm import engine, locate
 from neft_utils.make.preflight import check
-from neft_utils.train.base_models import load_run, load_tokenizer
+from neft_utils.train.base_models import load_tokenizer
 from neft_utils.train.encoding import prompt_ids
-from neft_utils.train.finetune import finetune
 
 NANO = load_profile("nano")
-PROFILE = dataclasses.replace(
-    NANO, evaluate=dataclasses.replace(NANO.evaluate, answer_engine="vllm")
-)
+ASKED = {"answer_engine": "vllm"}
+PROFILE = dataclasses.replace(NANO, evaluate=dataclasses.replace(NANO.evaluate, **ASKED))
 needs_vllm = [
     pytest.mark.vllm,
     pytest.mark.skipif(
@@ -67,7 +64,7 @@ def test_a_python_without_vllm_is_refused_before_anything_runs(absent, monkeypat
 
 def test_to_answer_without_vllm_says_what_to_change(absent, tmp_path):
     with pytest.raises(ConfigError, match="vLLM is not installed here.*answer_engine"):
-        engine.answer_all(PROFILE, places(PROFILE, tmp_path, tmp_path), silent)
+        engine.answer_all(PROFILE, Paths("nano", str(tmp_path)), silent)
 
 
 def test_an_engine_that_fails_is_one_line_with_its_own_last_word(absent, tmp_path):
@@ -79,29 +76,28 @@ def test_an_engine_that_fails_is_one_line_with_its_own_last_word(absent, tmp_pat
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Places with a run of each arm, the control first: answers are cut to its length."""
-    folder = tmp_path_factory.mktemp("vllm")
-    prepare(PROFILE, folder / "processed")
-    paths = places(PROFILE, folder / "results", folder / "processed")
-    for arm in ("baseline", "neft_a15"):
-        finetune(PROFILE, arm, 0, paths, silent)
-        tasks.evaluate(PROFILE, arm, 0, paths, silent)
-    return paths
+    """A Lab with a run of each arm, the control first: answers are cut to its length."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(locate.VARIABLE, raising=False)
+        lab = Lab(tmp_path_factory.mktemp("vllm"), patch, evaluate=ASKED).prepare()
+        for arm in ("baseline", "neft_a15"):
+            lab.train(arm)
+            lab.score(arm)
+        yield lab
 
 
-def keep(paths, arm, seed):
+def keep(lab, arm, seed):
     """Store the answers of transformers to what vLLM would be asked, one request at a time."""
-    tokenizer = load_tokenizer(PROFILE.model)
-    model = load_run(PROFILE.model, paths.run(arm, seed))
-    kept = {}
-    for key, one in engine._requests(PROFILE, arm, seed, paths, tokenizer).items():
+    profile, paths, kept = lab.profile, lab.paths, {}
+    tokenizer, model = load_tokenizer(profile.model), lab.tuned(paths.run(arm, seed))
+    for key, one in engine._requests(profile, arm, seed, paths, tokenizer).items():
         how = {k: one[k] for k in ("max_new_tokens", "repetition_penalty", "min_new_tokens")}
         prompt = tokenizer.decode(one["prompt_ids"])
         user = prompt.removeprefix("<|im_start|>user\n").rpartition("<|im_end|>")[0]
         kept[key] = answer(model, tokenizer, [user], batch_size=1, **how)[0]
     path = paths.stored_answers(arm, seed)
     path.parent.mkdir(exist_ok=True)
-    weights = engine._weights(PROFILE, arm, seed, paths)
+    weights = engine._weights(profile, arm, seed, paths)
     stored = {"engine": "vllm 0", "weights_sha256": weights, "answers": kept}
     path.write_text(json.dumps(stored), "utf-8")
     return path
@@ -110,22 +106,22 @@ def keep(paths, arm, seed):
 @pytest.mark.parametrize("arm", ["baseline", "neft_a15"])
 def test_stored_answers_take_the_place_of_generated_ones(trained, arm):
     """The rounds that are asked are those that were planned, and give the same rows."""
-    run = trained.run(arm, 0)
+    run = trained.paths.run(arm, 0)
     scores = json.loads((run / "scores.json").read_text("utf-8"))
     assert scores["provenance"]["answer_engine"] == "transformers"
     before = read_jsonl(run / "generations.jsonl")
     path = keep(trained, arm, 0)
     try:
-        tasks.evaluate(PROFILE, arm, 0, trained, silent)
+        trained.score(arm)
         scores = json.loads((run / "scores.json").read_text("utf-8"))
         assert scores["provenance"]["answer_engine"] == "vllm 0"
         assert read_jsonl(run / "generations.jsonl") == before
-        runs = load_runs(trained.results / "runs")
-        notes = " ".join(caveats(PROFILE, runs))
+        runs = load_runs(trained.paths.results / "runs")
+        notes = " ".join(caveats(trained.profile, runs))
         assert "Answers of different engines (transformers, vllm 0)" in notes
     finally:
         path.unlink()
-        tasks.evaluate(PROFILE, arm, 0, trained, silent)
+        trained.score(arm)
 
 
 def test_stored_answers_of_other_weights_or_prompts_are_refused(trained):
@@ -134,11 +130,11 @@ def test_stored_answers_of_other_weights_or_prompts_are_refused(trained):
     try:
         path.write_text(json.dumps(good | {"weights_sha256": "0"}), "utf-8")
         with pytest.raises(ConfigError, match="other weights: delete .*neft_a15-s0.json"):
-            tasks.evaluate(PROFILE, "neft_a15", 0, trained, silent)
+            trained.score()
         good["answers"].popitem()
         path.write_text(json.dumps(good), "utf-8")
         with pytest.raises(ConfigError, match="lack a prompt: delete .*neft_a15-s0.json"):
-            tasks.evaluate(PROFILE, "neft_a15", 0, trained, silent)
+            trained.score()
     finally:
         path.unlink()
 

@@ -5,14 +5,13 @@ import os
 import shutil
 
 import pytest
+from tiny import Lab
 
-from neft_utils.base.paths import Paths
 from neft_utils.base.profiles import Judge
 from neft_utils.base.read_profile import load_profile
 from neft_utils.base.strict import ConfigError
 from neft_utils.make import preflight, workflow
 from neft_utils.make.preflight import check, memory_gb
-from neft_utils.train.finetune import finetune
 
 NANO = load_profile("nano")
 GPU = dataclasses.replace(NANO, device="cuda", gpu_memory_gb=20.0)
@@ -52,13 +51,14 @@ def test_runs_go_side_by_side_on_a_card_as_asked_and_as_memory_allows(tmp_path, 
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="has a GPU")
-def test_no_gpu_is_refused_before_and_at_training(tmp_path):
+def test_no_gpu_is_refused_before_and_at_training(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="needs a GPU and none is here: use PROFILE=cpu"):
         check(GPU)
     check(GPU, here=False)  # a cluster's nodes may have what the head has not
-    paths = Paths("nano", str(tmp_path))
-    with pytest.raises(ConfigError, match="torch sees none"):
-        finetune(GPU, "baseline", 0, paths)
+    lab = Lab(tmp_path, monkeypatch, device="cuda").prepare()
+    for run in (lab.train, lab.score):
+        with pytest.raises(ConfigError, match="torch sees none"):
+            run("baseline")
 
 
 def test_too_little_gpu_memory_memory_and_disk(tmp_path, monkeypatch):

@@ -7,15 +7,13 @@ import pickle
 
 import pytest
 import torch
-from tiny import cut_run, places, prepare, saving, silent
+from tiny import CUT, Lab
 
 from neft_utils.base.paths import NOTEBOOKS, PACKAGE
 from neft_utils.base.profiles import Model
-from neft_utils.base.read_profile import load_profile
 from neft_utils.base.strict import ConfigError
 from neft_utils.train import run_log
 from neft_utils.train.base_models import load_base, load_tokenizer
-from neft_utils.train.finetune import finetune
 
 CODE = """
 open({marker!r}, "w").close()
@@ -66,20 +64,20 @@ def test_pickled_weights_are_not_read(model_folder, tmp_path):
 
 
 def test_a_pickle_in_a_checkpoint_is_not_run(tmp_path, monkeypatch):
-    profile = saving(load_profile("nano"))
-    prepare(profile, tmp_path / "processed")
-    paths = places(profile, tmp_path, tmp_path / "processed")
-    folder = cut_run(profile, "baseline", paths, monkeypatch)
+    lab = Lab(tmp_path, monkeypatch, train={"checkpoint_steps": 1}).prepare()
+    with pytest.raises(KeyboardInterrupt):
+        lab.train("baseline", edits=[CUT])
+    folder = lab.paths.run("baseline", 0) / "trainer"
     marker = tmp_path / "ran"
     torch.save({"state": Evil(marker)}, folder / "checkpoint-3" / "optimizer.pt")
     assert (folder / "checkpoint-3" / run_log.ROWS).exists()
     with pytest.raises(Exception, match="(?i)weights.only"):
-        finetune(profile, "baseline", 0, paths, silent)
+        lab.train("baseline")
     assert not marker.exists()
 
 
 def test_remote_code_is_trusted_nowhere():
-    places = [(path.name, path.read_text("utf-8")) for path in PACKAGE.glob("*.py")]
+    places = [(path.name, path.read_text("utf-8")) for path in PACKAGE.rglob("*.py")]
     for path in NOTEBOOKS.glob("*.ipynb"):
         cells = json.loads(path.read_text("utf-8"))["cells"]
         code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]

@@ -14,7 +14,7 @@ from loopback import COMMIT, hub
 from neft_utils.base.paths import PROFILES
 from neft_utils.base.profiles import Model
 from neft_utils.base.read_profile import load_profile
-from neft_utils.data.sources import _nano_rows
+from neft_utils.data.sources import own_rows
 from neft_utils.train.base_models import load_base, load_tokenizer
 
 NAMES = sorted(p.stem for p in PROFILES.glob("*.yaml") if "device: cuda" in p.read_text("utf-8"))
@@ -69,7 +69,7 @@ def repositories(tmp_path_factory):
             "input": "Answer in one sentence." if n % 3 == 0 else "",
             "output": row["response"],
         }
-        for n, row in enumerate(_nano_rows())
+        for n, row in enumerate(own_rows())
     ]
     (folder / "rows" / "train.json").write_text(json.dumps(rows), "utf-8")
     return {

@@ -157,7 +157,7 @@ def trains(partial):
     except (OSError, ValueError):  # gone by now, or half written
         return False
     for cell in cells:
-        if "".join(cell["source"]).startswith("run = finetune("):
+        if "".join(cell["source"]).startswith("with recorded("):
             return cell["metadata"]["papermill"]["status"] == "running"
     return False
 

@@ -1,6 +1,5 @@
 """The lean path equals PEFT's, transformers' and the padded reference's own arithmetic."""
 
-import dataclasses
 import types
 
 import pytest
@@ -13,7 +12,7 @@ from neft_utils.train import fast
 from neft_utils.train.base_models import load_base, load_tokenizer
 from neft_utils.train.encoding import encode, flat_batch
 from neft_utils.train.losses import response_token_nll
-from neft_utils.train.trainer import lora_model, split_row
+from neft_utils.train.trainer import split_row
 
 NANO = Model(source="nano")
 RECIPE = Train(learning_rate=1e-3, epochs=1, lora_rank=4, lora_alpha=8)
@@ -173,7 +172,9 @@ def test_the_plain_case_is_taken(monkeypatch):
 
 
 def test_adapters_of_a_bf16_model_stay_float32_and_get_float32_gradients(encoded):
-    model = lora_model(load_base(NANO), dataclasses.replace(RECIPE), 0).train()
+    model = fast.make_fast(
+        get_peft_model(load_base(NANO), LoraConfig(r=4, target_modules="all-linear"))
+    ).train()
     nll, _ = response_token_nll(model, flat_batch(encoded))
     gradients = lora_gradients(model, nll)
     assert gradients and all(g.dtype == torch.float32 for g in gradients.values())
