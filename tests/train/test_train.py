@@ -275,7 +275,7 @@ def test_a_cut_run_goes_on_from_its_checkpoint_to_the_same_bits(lab, capsys):
 def test_a_checkpoint_of_a_changed_cell_is_no_beginning(lab, capsys, edit):
     often = lab(train={"checkpoint_steps": 1})
     cut(often)
-    often.train(edits=[edit])
+    often.train(edits=[edit], until="history = pd.read_csv")
     said = capsys.readouterr().out
     assert record.OTHER in said and "goes on" not in said
     noise = json.loads((often.paths.run("neft_a15", 0) / "noise.json").read_text())
