@@ -11,19 +11,16 @@ contain, since it is a hash of them; replies are only compared with the three ve
 """
 
 import hashlib
-import importlib.util
-import ipaddress
 import json
-import os
 from collections import Counter, deque
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pandas as pd
 
 from neft_utils.base.files import write_json
 from neft_utils.base.strict import ConfigError
+from neft_utils.evaluate import endpoint
 
 COLUMNS = ["example_id", "preference", "first", "second", "chars", "reference_chars"]
 PREFERENCE = {  # of the run's answer, by where it stood
@@ -34,8 +31,6 @@ VERDICTS = ("A", "B", "TIE")
 CAUSES = ("unparsed", "failed", "skipped_by_cap")  # why a verdict is missing
 
 MAX_TOKENS = 8  # of a reply; a verdict has one or two
-RETRIES = 3  # by the client, after 429, 5xx, a cut connection or a timeout; 0.5 s doubling to 8 s
-TIMEOUT = 60.0  # seconds for one reply; connecting gets 10
 GIVE_UP_AFTER = 5  # calls in a row that failed with all their retries
 
 SYSTEM = """\
@@ -61,30 +56,6 @@ Which answer is better? Reply with exactly one word: A, B or TIE."""
 VERSION = hashlib.sha256(f"{SYSTEM}\n{USER}\n{MAX_TOKENS}".encode()).hexdigest()[:12]
 
 
-def available(settings):
-    """(True, "") if the judge can be asked, else (False, one line with the cause and the remedy).
-
-    Looks at settings, environment and packages; the endpoint is not contacted. Loopback addresses
-    need neither key nor prices. Others need both: without prices `max_usd` could not be kept.
-    """
-    host, variable = _host(settings), settings.key_variable
-    key = os.environ.get(variable, "").strip()
-    if host is None:
-        return False, "judge base_url must look like https://host/v1, without user, query or #"
-    if importlib.util.find_spec("openai") is None:
-        return False, "the package openai is missing: pip install -r requirements.txt"
-    if not (key.isascii() and key.isprintable() and " " not in key):
-        return False, f"the environment variable {variable} holds no key: set it to the key alone"
-    if _is_loopback(host):
-        return True, ""
-    if not key:
-        return False, f"no key for {host}: set the environment variable {variable}"
-    if min(settings.usd_per_million_in, settings.usd_per_million_out) <= 0:
-        names = "usd_per_million_in and usd_per_million_out"
-        return False, f"{host}: set {names}, or max_usd cannot be kept (free: 1.0e-9)"
-    return True, ""
-
-
 def judge_answers(pairs, settings, cache_folder, say=print):
     """A judge's preferences for a run's answers over the reference answers: (frame, summary).
 
@@ -105,8 +76,8 @@ def judge_answers(pairs, settings, cache_folder, say=print):
     upper estimate of the cost; of tries that the client repeats only the last is seen).
 
     Ends early, keeping what is judged, when GIVE_UP_AFTER calls in a row fail or the key or model
-    is refused. ConfigError if there is something to ask and `available` says no; ValueError for
-    pairs that cannot be.
+    is refused. ConfigError if there is something to ask and `endpoint.available` says no;
+    ValueError for pairs that cannot be.
     """
     _check(pairs)
     folder = Path(cache_folder)
@@ -120,7 +91,7 @@ def judge_answers(pairs, settings, cache_folder, say=print):
     left = {key: pair for key, pair in contents.items() if len(known[key]) < 2}
     causes = {}
     if left:
-        ok, reason = available(settings)
+        ok, reason = endpoint.available(settings)
         if not ok:
             raise ConfigError(reason)
         say(f"judge {settings.model}: {len(left)} pairs to judge, {bill['cached']} verdicts cached")
@@ -223,7 +194,7 @@ def _judge_all(left, known, settings, folder, bill, say):
     causes, failures, in_a_row, answered, stop = {}, Counter(), 0, False, None
     queue, under_way = deque(left), {}
     # On an interrupt the pool, left first, lets the calls under way end: they are paid for.
-    with _client(settings) as client, ThreadPoolExecutor(settings.workers) as pool:
+    with endpoint.client_of(settings) as client, ThreadPoolExecutor(settings.workers) as pool:
         while queue or under_way:
             while queue and len(under_way) < settings.workers:
                 content = queue[0]
@@ -273,7 +244,7 @@ def _judge_all(left, known, settings, folder, bill, say):
 
 
 def _reason_to_stop(settings, failure, status, in_a_row):
-    host = _host(settings)
+    host = endpoint.host_of(settings)
     if status == 401:
         return f"{host} refuses the key: check {settings.key_variable}"
     if status == 404:
@@ -305,30 +276,11 @@ def _request(settings, pair, content, order):
 def _ask(client, model, system, user, path):
     """(verdict or cause, (tokens in, out) or None, failure in words or None, HTTP status or None).
 
-    Writes the verdict's file. Of what a server sends in an error nothing is passed on: it may echo
-    the key.
+    Writes the verdict's file.
     """
-    import openai
-
-    roles = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-    try:
-        response = client.chat.completions.with_raw_response.create(
-            model=model, messages=roles, temperature=0, max_tokens=MAX_TOKENS
-        )
-        body = json.loads(response.text)
-        reply = body["choices"][0]["message"]["content"]
-    except openai.APIStatusError as error:
-        return "failed", None, f"HTTP {error.status_code}", error.status_code
-    except openai.APIConnectionError as error:
-        timeout = isinstance(error, openai.APITimeoutError)
-        return "failed", None, "timeout" if timeout else "no connection", None
-    except (openai.OpenAIError, ValueError, LookupError, TypeError, RecursionError):
-        return "failed", None, "reply is no chat completion", None
-    usage = body.get("usage")
-    usage = usage if isinstance(usage, dict) else {}
-    used = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    if not all(type(number) is int and number >= 0 for number in used):
-        used = None
+    reply, used, failure, status = endpoint.complete(client, model, system, user, MAX_TOKENS)
+    if failure is not None:
+        return "failed", None, failure, status
     verdict = reply.strip() if isinstance(reply, str) else None
     # Only verdicts are kept: their absence may come from a fault that passes, and a file would
     # make the gap last.
@@ -336,35 +288,3 @@ def _ask(client, model, system, user, path):
         return "unparsed", used, None, None
     write_json(path, {"key": path.stem, "verdict": verdict})
     return verdict, used, None, None
-
-
-def _client(settings):
-    import openai
-
-    return openai.OpenAI(
-        base_url=settings.base_url,
-        api_key=os.environ.get(settings.key_variable, "").strip() or "EMPTY",
-        max_retries=RETRIES,
-        http_client=openai.DefaultHttpxClient(
-            trust_env=not _is_loopback(_host(settings)),  # no proxy reaches a loopback address
-            timeout=openai.Timeout(TIMEOUT, connect=10.0),
-        ),
-    )
-
-
-def _host(settings):
-    """The host of base_url, or None if that is no plain http(s) address."""
-    try:
-        url = urlsplit(settings.base_url)
-        _ = url.port  # raises where it is no number
-    except ValueError:
-        return None
-    plain = url.scheme in ("http", "https") and not ("@" in url.netloc or url.query or url.fragment)
-    return url.hostname if plain else None
-
-
-def _is_loopback(host):
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -3,7 +3,7 @@
 import pandas as pd
 
 from neft_utils.base.profiles import decoding_name
-from neft_utils.evaluate import alpaca_eval, judge
+from neft_utils.evaluate import alpaca_eval, endpoint, judge
 
 
 def preferences(profile, answers, test, cache, say=print):
@@ -15,7 +15,7 @@ def preferences(profile, answers, test, cache, say=print):
     settings = profile.evaluate.judge
     if settings is None:
         return None, None
-    usable, reason = judge.available(settings)
+    usable, reason = endpoint.available(settings)
     if not usable:
         say(f"no preferences: {reason}")
         return None, {"left_out": reason}

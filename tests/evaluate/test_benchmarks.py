@@ -354,8 +354,9 @@ def refuse(*args, **kwargs):
     raise OSError("no network in this test")
 
 socket.socket.connect = socket.getaddrinfo = refuse
-from neft_utils import benchmarks, model
-from neft_utils.config import Model
+from neft_utils.evaluate import benchmarks
+from neft_utils.train import base_models as model
+from neft_utils.base.profiles import Model
 
 nano = Model(source="nano", base_weights="bf16")
 base, tokenizer, before = model.load_base(nano), model.load_tokenizer(nano), dict(os.environ)
@@ -510,8 +511,9 @@ def test_leaderboard_tasks_are_scored_item_by_item(lively, tokenizer, tmp_path, 
 
 
 OFFLINE = """
-from neft_utils import benchmarks, model as m
-from neft_utils.config import Model
+from neft_utils.evaluate import benchmarks
+from neft_utils.train import base_models as m
+from neft_utils.base.profiles import Model
 nano = Model(source="nano")
 benchmarks.score_leaderboard(m.load_base(nano), m.load_tokenizer(nano), ["arc_challenge"], 2)
 """

@@ -19,7 +19,7 @@ import pytest
 from neft_utils.base.profiles import Judge
 from neft_utils.base.read_profile import load_profile
 from neft_utils.base.strict import ConfigError
-from neft_utils.evaluate import judge
+from neft_utils.evaluate import endpoint, judge
 from neft_utils.evaluate.preferences import preferences
 from neft_utils.evaluate.scoring import ITEM_COLUMNS
 
@@ -337,7 +337,7 @@ def test_a_cached_run_needs_no_key(tmp_path, serve, monkeypatch):
     url, _ = serve(longer_wins)
     pairs, settings = make_pairs(2), Judge("m", url)
     expected, _ = judge.judge_answers(pairs, settings, tmp_path)
-    monkeypatch.setattr(judge, "available", lambda _: pytest.fail("nothing is left to ask"))
+    monkeypatch.setattr(endpoint, "available", lambda _: pytest.fail("nothing is left to ask"))
     assert judge.judge_answers(pairs, settings, tmp_path)[0].equals(expected)
 
 
@@ -367,8 +367,8 @@ def test_a_corrupt_file_is_judged_again(serve, tmp_path, spoil):
 
 CHILD = """
 import json, sys
-from neft_utils import judge
-from neft_utils.config import Judge
+from neft_utils.evaluate import judge
+from neft_utils.base.profiles import Judge
 pairs = json.load(open(sys.argv[1]))
 judge.judge_answers(pairs, Judge("m", sys.argv[2], workers=2), sys.argv[3])
 """
@@ -447,7 +447,7 @@ def test_a_pair_that_fails_does_not_stop_the_others(serve, tmp_path, fault):
     assert frame.preference.isna().tolist() == [i == 3 for i in range(8)]
     assert summary["failed"] == 1 and partition_holds(frame, summary)
     retried = fault[0] in (429, 500)
-    assert len(requests) == 14 + 1 + retried * judge.RETRIES
+    assert len(requests) == 14 + 1 + retried * endpoint.RETRIES
     assert any(f"HTTP {fault[0]} (1)" in line for line in lines)
 
 
@@ -475,7 +475,7 @@ def test_what_is_no_completion_is_a_failed_pair(serve, tmp_path, body, kind):
 
 
 def test_a_dead_endpoint_is_given_up_and_taken_up_again(serve, tmp_path, monkeypatch):
-    monkeypatch.setattr(judge, "RETRIES", 0)
+    monkeypatch.setattr(endpoint, "RETRIES", 0)
     state, lines = {"alive": 6}, []
 
     def dying(request):
@@ -496,7 +496,7 @@ def test_a_dead_endpoint_is_given_up_and_taken_up_again(serve, tmp_path, monkeyp
 
 
 def test_failures_between_successes_do_not_add_up(serve, tmp_path, monkeypatch):
-    monkeypatch.setattr(judge, "RETRIES", 0)
+    monkeypatch.setattr(endpoint, "RETRIES", 0)
     url, requests = serve(lambda r: error(503) if r["number"] % 4 == 0 else longer_wins(r))
     _, summary = judge.judge_answers(make_pairs(30), Judge("m", url, workers=1), tmp_path)
     # Two calls a pair: the fourth, eighth, ... are the second orders of every other pair.
@@ -504,7 +504,7 @@ def test_failures_between_successes_do_not_add_up(serve, tmp_path, monkeypatch):
 
 
 def test_nobody_listening_is_found_out_in_seconds(tmp_path, monkeypatch):
-    monkeypatch.setattr(judge, "RETRIES", 1)
+    monkeypatch.setattr(endpoint, "RETRIES", 1)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     started = time.monotonic()
     settings = Judge("m", f"http://localhost:{free_port()}/v1")
@@ -514,8 +514,8 @@ def test_nobody_listening_is_found_out_in_seconds(tmp_path, monkeypatch):
 
 
 def test_a_server_that_hangs_is_given_up(serve, tmp_path, monkeypatch):
-    monkeypatch.setattr(judge, "RETRIES", 0)
-    monkeypatch.setattr(judge, "TIMEOUT", 0.2)
+    monkeypatch.setattr(endpoint, "RETRIES", 0)
+    monkeypatch.setattr(endpoint, "TIMEOUT", 0.2)
     release, lines = threading.Event(), []
 
     def hang(request):
@@ -678,7 +678,7 @@ def test_whether_a_judge_is_available(monkeypatch):
     monkeypatch.delenv("NEFT_TEST_KEY", raising=False)
 
     def ask(url="https://api.openai.com/v1", **changes):
-        return judge.available(Judge("m", url, key_variable="NEFT_TEST_KEY", **changes))
+        return endpoint.available(Judge("m", url, key_variable="NEFT_TEST_KEY", **changes))
 
     prices = {"usd_per_million_in": 1.0, "usd_per_million_out": 1.0}
     assert ask(**prices) == (
@@ -715,7 +715,7 @@ def test_a_judge_that_is_not_available_is_one_line(tmp_path, monkeypatch):
 
 
 def test_a_proxy_of_the_environment_does_not_hide_a_local_judge(serve, tmp_path, monkeypatch):
-    monkeypatch.setattr(judge, "RETRIES", 0)
+    monkeypatch.setattr(endpoint, "RETRIES", 0)
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
     for name in ("NO_PROXY", "no_proxy"):
@@ -725,7 +725,7 @@ def test_a_proxy_of_the_environment_does_not_hide_a_local_judge(serve, tmp_path,
 
 
 def test_the_module_imports_no_client_before_it_is_needed():
-    code = "import sys, neft_utils.judge; sys.exit('openai' in sys.modules)"
+    code = "import sys, neft_utils.evaluate.judge; sys.exit('openai' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=dict(os.environ)).returncode == 0
 
 
