@@ -163,9 +163,10 @@ rule compare:
 
 
 rule reuse:
+    input: f"{P}/manifest.json",  # not read: notebook 1 fetches the model, and two would at once
     output: f"{R}/notebooks/07_reuse_in_your_notebook.ipynb",
     params: key=key(7),
-    resources: mem_mb=LIGHT,
+    resources: mem_mb=MEMORY, gpu=GPUS,
     shell: command(7)
 
 

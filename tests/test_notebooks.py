@@ -12,7 +12,7 @@ from neft_utils.base.paths import NOTEBOOKS, PACKAGE, STEPS
 
 ROOT = PACKAGE.parent
 FILES = sorted(NOTEBOOKS.glob("*.ipynb"))
-PARAMETERS = {"PROFILE", "ARM", "SEED", "OUT"}
+PARAMETERS = {"PROFILE", "ARM", "SEED", "OUT", "MODEL", "ROWS", "SEEDS", "EPOCHS"}
 SOLUTIONS = 90
 
 
