@@ -226,7 +226,7 @@ def rules(results):
     return "\n".join([*lines, *_notes(results)]) + "\n"
 
 
-# What the README and the report ask, in any order.
+# What the README can show; the report shows the first four.
 ANSWERS = (headline, certainty, length, cost, evidence, curve, rules)
 
 

@@ -267,6 +267,17 @@ def test_missing_pieces_are_said(tmp_path, results):
     assert "No executed notebooks here" in check(build(tmp_path)[0]).text()
 
 
+def test_runs_without_a_pair_are_no_verdict(tmp_path, results):
+    write_results(results)
+    for run in results.glob(f"runs/{load_profile('smoke').confirmatory.treatment}-s*"):
+        shutil.rmtree(run)
+    text = check(build(tmp_path)[0]).text()
+    assert "readable answer" not in text and "0 seed pairs; loss on test rows" in text
+    assert "Not complete: 2 of 5 runs are there, baseline-s0, baseline-s1." in text
+    shutil.rmtree(results / "runs")
+    assert "No finished run here: run make reproduce" in check(build(tmp_path)[0]).text()
+
+
 def test_names_are_not_read_as_markdown(tmp_path, results):
     write_results(results)
     (results / "tables" / "main.csv").write_text(
