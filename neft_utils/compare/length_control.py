@@ -1,69 +1,30 @@
 """Is a preferred answer more than a longer one? Preferences of two arms at equal length.
 
-Each arm has one answer per prompt; a judge has compared it with a reference answer that both arms
-share. Judges prefer longer answers, so an arm that merely talks more wins more. Four views, all
-treatment minus control in percentage points: the raw paired difference; a logit with a length
-term f, read where the answer is as long as the reference (f = 0),
+Judges prefer longer answers, so an arm that merely talks more wins more. `length_pairs` has what
+the pairs alone say; here is a logit with a length term f, read where the answer is as long as the
+reference (f = 0),
 
-    logit P(win) = theta_arm + phi f(chars, reference_chars),       sigmoid(theta) at f = 0;
+    logit P(win) = theta_arm + phi f(chars, reference_chars),       sigmoid(theta) at f = 0.
 
-pairs whose two answers happen to be similarly long; and the gain by quintile of length change.
-`tanh` is tanh(d / sd(d)), d = chars - reference_chars, sd per arm: AlpacaEval's length control
-without its terms for prompt difficulty (Dubois et al. 2024, arXiv:2404.04475). `log_ratio` is
-ln((chars + 1) / (reference_chars + 1)), finite for an empty answer. The pooled forms share one
-slope phi (and one sd) between the arms.
+Differences are treatment minus control in percentage points. `tanh` is tanh(d / sd(d)), d = chars -
+reference_chars, sd per arm: AlpacaEval's length control without its terms for prompt difficulty
+(Dubois et al. 2024, arXiv:2404.04475). `log_ratio` is ln((chars + 1) / (reference_chars + 1)),
+finite for an empty answer. The pooled forms share one slope phi (and one sd) between the arms.
 
 Length is an outcome of the treatment, so what remains is a controlled direct effect under the
 form chosen, not a causal decomposition; where lengths hardly overlap it is extrapolation, and the
-forms may disagree by more than their intervals say. `overlap` guards that, `compare_forms` says
-which form fits. Fractional responses: Papke & Wooldridge 1996. Input: see `pair_arms`.
+forms may disagree by more than their intervals say. `length_pairs.overlap` guards that,
+`compare_forms` says which form fits. Fractional responses: Papke & Wooldridge 1996. `pairs` is
+everywhere what `length_pairs.pair_arms` returns, n its number of rows.
 """
 
 import numpy as np
 import pandas as pd
 from scipy.special import expit
-from scipy.stats import t
 
-COLUMNS = ["prompt_id", "preference", "chars", "reference_chars"]
+from neft_utils.compare.length_pairs import of_arms, raw_difference, wins_of
+
 FORMS = ("tanh", "pooled_tanh", "log_ratio", "pooled_log_ratio")
-TOLERANCES = (0.2, 0.5)
-MIN_NOT_LONGER, MIN_SIMILAR = 0.2, 50  # overlap guard: share of pairs, number of pairs
-ARMS = ("control", "treatment")
-
-
-def pair_arms(control, treatment):
-    """One row per prompt that both arms answered and the judge compared; sorted by prompt_id.
-
-    control, treatment: DataFrames with columns prompt_id (unique), preference (0..1, share of
-    wins against the reference; draw 0.5; NaN missing), chars, reference_chars (characters).
-    Returns prompt_id and <column>_control, <column>_treatment. Raises ValueError naming the arm
-    and column for a value outside its range, and if no prompt is left.
-    """
-    checked = _checked(control, "control"), _checked(treatment, "treatment")
-    pairs = checked[0].merge(checked[1], on="prompt_id", suffixes=[f"_{arm}" for arm in ARMS])
-    pairs = pairs.dropna().sort_values("prompt_id", ignore_index=True)
-    if len(pairs) < 2:
-        raise ValueError(f"the arms share {len(pairs)} judged prompts: at least 2 are needed")
-    return pairs
-
-
-def _checked(frame, arm):
-    if missing := [column for column in COLUMNS if column not in frame.columns]:
-        raise ValueError(f"{arm} lacks the columns {missing}; it has {list(frame.columns)}")
-    if frame["prompt_id"].isna().any() or frame["prompt_id"].duplicated().any():
-        raise ValueError(f"{arm}: prompt_id must be there and unique in every row")
-    out = frame[COLUMNS].reset_index(drop=True)
-    for column, high in zip(COLUMNS[1:], (1, np.inf, np.inf), strict=True):
-        values = pd.to_numeric(out[column], errors="coerce").astype(float)
-        missing = out[column].isna() & (column == "preference")
-        bad = ~(np.isfinite(values) & (values >= 0) & (values <= high) | missing)
-        if bad.any():
-            row = out[bad].iloc[0]
-            limits = "0 to 1 or missing" if high == 1 else "a number of characters"
-            where = f"{arm}: {column} of prompt {row.prompt_id}"
-            raise ValueError(f"{where} is {row[column]!r}, not {limits}")
-        out[column] = values
-    return out
 
 
 def fit_logit(design, response, weights=None, max_steps=60):
@@ -105,7 +66,7 @@ def length_term(pairs, form):
     """
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, not {form!r}")
-    chars, reference = _of_arms(pairs, "chars"), _of_arms(pairs, "reference_chars")
+    chars, reference = of_arms(pairs, "chars"), of_arms(pairs, "reference_chars")
     if form.endswith("log_ratio"):
         term = np.log1p(chars) - np.log1p(reference)
     else:
@@ -128,7 +89,7 @@ def win_rates_at_equal_length(pairs, form, weights=None):
 
 def _coefficients(pairs, form, weights=None, wins=None):
     """(B, 2, 2): arm x (theta, phi). wins: (2, n) or (2, B, n), default the pairs' own."""
-    term, wins = length_term(pairs, form), _wins(pairs) if wins is None else wins
+    term, wins = length_term(pairs, form), wins_of(pairs) if wins is None else wins
     if weights is None:
         weights = np.ones((1 if wins.ndim == 2 else wins.shape[1], len(pairs)))
     if np.isnan(term).any():
@@ -142,29 +103,6 @@ def _coefficients(pairs, form, weights=None, wins=None):
     return np.stack(arms, axis=1)
 
 
-def _of_arms(pairs, name):
-    return pairs[[f"{name}_{arm}" for arm in ARMS]].to_numpy(float).T
-
-
-def _wins(pairs):
-    return _of_arms(pairs, "preference")
-
-
-def raw_difference(pairs, level=0.95):
-    """Mean paired difference with its t interval over prompts, in points.
-
-    Returns estimate, ci_low, ci_high (NaN without any spread), se, n, and the win rates control
-    and treatment in percent.
-    """
-    control, treatment = 100 * _wins(pairs)
-    delta = treatment - control
-    mean, se = float(delta.mean()), float(delta.std(ddof=1) / len(delta) ** 0.5)
-    half = float(t.ppf((1 + level) / 2, len(delta) - 1)) * se if se > 1e-9 else np.nan
-    out = {"estimate": mean, "ci_low": mean - half, "ci_high": mean + half, "se": se}
-    levels = {"control": float(control.mean()), "treatment": float(treatment.mean())}
-    return {**out, "n": len(delta), **levels}
-
-
 def length_controlled(pairs, n_resamples=1000, seed=0, forms=FORMS):
     """Differences at equal length with 95 % percentile bootstrap intervals over prompts, refitted.
 
@@ -176,7 +114,7 @@ def length_controlled(pairs, n_resamples=1000, seed=0, forms=FORMS):
     n = len(pairs)
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(n, np.full(n, 1 / n), n_resamples).astype(float)
-    control, treatment = 100 * _wins(pairs)
+    control, treatment = 100 * wins_of(pairs)
     raw, raws = raw_difference(pairs), counts @ (treatment - control) / n
     rows = []
     for form in forms:
@@ -207,7 +145,7 @@ def length_only_judge(pairs, form, n_draws=500, seed=0):
         rows = [[view, np.nan, np.nan, np.nan] for view in ("raw", *FORMS)]
         return pd.DataFrame(rows, columns=["view", "mean", "low", "high"])
     ones = np.ones(term.size)
-    theta, phi = fit_logit(np.c_[ones, term.ravel()], _wins(pairs).ravel())[0]
+    theta, phi = fit_logit(np.c_[ones, term.ravel()], wins_of(pairs).ravel())[0]
     draws = np.random.default_rng(seed).random((2, n_draws, len(pairs)))
     wins = (draws < expit(theta + phi * term)[:, None, :]).astype(float)
     found = {"raw": 100 * (wins[1] - wins[0]).mean(1)}
@@ -232,7 +170,7 @@ def compare_forms(pairs, n_folds=10, seed=0):
     minus the best form's) and excess_se (its paired standard error over prompts). Sorted by
     log_loss. The sd of lengths is the full sample's.
     """
-    n, wins = len(pairs), _wins(pairs)
+    n, wins = len(pairs), wins_of(pairs)
     n_folds = min(n_folds, n)
     fold = np.random.default_rng(seed).permutation(np.arange(n) % n_folds)
     kept = (fold[None, :] != np.arange(n_folds)[:, None]).astype(float)
@@ -256,7 +194,7 @@ def _predict(pairs, form, weights=None):
     """Chances of a win, shape (B, 2, n)."""
     if form == "none":
         weights = np.ones((1, len(pairs))) if weights is None else weights
-        means = weights @ _wins(pairs).T / weights.sum(1, keepdims=True)
+        means = weights @ wins_of(pairs).T / weights.sum(1, keepdims=True)
         return np.repeat(means[:, :, None], len(pairs), axis=2)
     beta = _coefficients(pairs, form, weights)
     return expit(beta[:, :, :1] + beta[:, :, 1:] * length_term(pairs, form))
@@ -265,62 +203,3 @@ def _predict(pairs, form, weights=None):
 def _log_loss(wins, chance):
     chance = np.clip(chance, 1e-12, 1 - 1e-12)
     return -(wins * np.log(chance) + (1 - wins) * np.log(1 - chance))
-
-
-def overlap(pairs):
-    """Whether the lengths of the two arms overlap enough to speak of equal length.
-
-    Returns not_longer (share of pairs, 0..1, whose treatment answer is not longer), similar
-    (number of pairs within 20 %), not_longer_than_reference (share of the treatment's answers:
-    where f = 0 is read off), identifiable, and verdict, a sentence.
-    """
-    control, treatment = pairs["chars_control"], pairs["chars_treatment"]
-    share, similar = float((treatment <= control).mean()), int(_within(pairs, 0.2).sum())
-    short = float((treatment <= pairs["reference_chars_treatment"]).mean())
-    enough = share >= MIN_NOT_LONGER and similar >= MIN_SIMILAR
-    verdict = f"{share:.0%} of the pairs are not longer ({MIN_NOT_LONGER:.0%} needed), "
-    verdict += f"{similar} are within 20 % ({MIN_SIMILAR} needed)"
-    verdict = f"{'identifiable' if enough else 'not identifiable'}: {verdict}"
-    numbers = {"not_longer": share, "similar": similar, "not_longer_than_reference": short}
-    return {**numbers, "identifiable": enough, "verdict": verdict}
-
-
-def _within(pairs, tolerance):
-    control, treatment = pairs["chars_control"], pairs["chars_treatment"]
-    return (treatment - control).abs() <= tolerance * control
-
-
-def length_matched(pairs, tolerances=TOLERANCES):
-    """Raw difference where |chars_treatment - chars_control| <= tolerance * chars_control.
-
-    One row per tolerance: tolerance, estimate, se (points; NaN below 1 and 2 pairs), n. The
-    prompts that match are not a random sample of all prompts.
-    """
-    control, treatment = 100 * _wins(pairs)
-    rows = []
-    for tolerance in tolerances:
-        delta = (treatment - control)[_within(pairs, tolerance).to_numpy()]
-        mean = delta.mean() if len(delta) else np.nan
-        se = delta.std(ddof=1) / len(delta) ** 0.5 if len(delta) > 1 else np.nan
-        rows.append([tolerance, mean, se, len(delta)])
-    return pd.DataFrame(rows, columns=["tolerance", "estimate", "se", "n"])
-
-
-def by_length_change(pairs, n_groups=5, level=0.95):
-    """Raw difference by quintile (or n_groups) of chars_treatment - chars_control, ascending.
-
-    quintile (from 1), n, chars_low, chars_high, chars_mean (change in characters), estimate,
-    ci_low, ci_high (points, t interval over prompts). Equal changes stay in one group, which
-    with many ties can leave fewer groups; groups of one pair are left out.
-    """
-    change = (pairs["chars_treatment"] - pairs["chars_control"]).to_numpy()
-    edges = np.quantile(change, np.linspace(0, 1, n_groups + 1)[1:-1])
-    number = np.searchsorted(edges, change) + 1  # an edge belongs to the group below it
-    rows = []
-    for k in range(1, n_groups + 1):
-        if (number == k).sum() > 1:
-            group, raw = change[number == k], raw_difference(pairs[number == k], level)
-            gain = [raw[name] for name in ("estimate", "ci_low", "ci_high")]
-            rows.append([k, len(group), group.min(), group.max(), group.mean(), *gain])
-    names = "quintile n chars_low chars_high chars_mean estimate ci_low ci_high"
-    return pd.DataFrame(rows, columns=names.split())

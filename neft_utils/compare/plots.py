@@ -6,7 +6,6 @@ is that of `run_plots`.
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 from matplotlib.ticker import MaxNLocator
 
 from neft_utils.base.paths import BASE
@@ -117,7 +116,7 @@ def learning_curves(runs, controls, control, title):
     """Clean validation NLL after each epoch: every run, and every seed pair's difference.
 
     Arms lie close together beside what training does, so the second panel subtracts the run of
-    the same seed of the arm's own control. runs: from `results.load_runs`; controls: {arm: the
+    the same seed of the arm's own control. runs: from `runs.load_runs`; controls: {arm: the
     arm that it is compared with}; control: the confirmatory one, drawn grey.
     """
     arms = list(controls)
@@ -232,7 +231,7 @@ def dose(table, title):
 def false_alarms(table, title):
     """False-alarm rate against seed SD over example SE; one line per number of seeds.
 
-    table: `stats.type_one_error_table`. Solid: our interval; dashed: the crossed bootstrap.
+    table: `simulation.type_one_error_table`. Solid: our interval; dashed: the crossed bootstrap.
     """
     figure, axis = plt.subplots()
     for colour, (n_seeds, rows) in zip(COLOURS, table.groupby("n_seeds"), strict=False):
@@ -249,95 +248,23 @@ def false_alarms(table, title):
 
 
 @styled
-def ledger(rows):
-    """Claims with an interval: estimate over detectable effect, filled where detected."""
-    shown = [row for row in rows if row["ci_low"] is not None and row["detectable"]]
+def ledger(findings):
+    """Claims with an interval: estimate over detectable effect, filled where detected.
+
+    findings: from `claims.ledger`.
+    """
+    shown = [row for row in findings if row.verdict.detectable]
     figure, axis = plt.subplots(figsize=(6.4, 1.2 + 0.32 * max(len(shown), 3)))
     for place, row in enumerate(reversed(shown)):
-        low, mean, high = (row[n] / row["detectable"] for n in ("ci_low", "estimate", "ci_high"))
-        detected = row["verdict"].startswith("detected")
-        colour = COLOURS[0] if detected else BASELINE
+        numbers = (row.interval.ci_low, row.interval.estimate, row.interval.ci_high)
+        low, mean, high = (one / row.verdict.detectable for one in numbers)
+        colour = COLOURS[0] if row.verdict.detected else BASELINE
         axis.plot([low, high], [place, place], color=colour, linewidth=2)
-        face = colour if detected else "white"
+        face = colour if row.verdict.detected else "white"
         axis.plot(mean, place, "o", color=colour, markerfacecolor=face)
     axis.axvline(0, color="black", linewidth=1)
-    axis.set_yticks(range(len(shown)), [f"{r['id']} ({r['metric']})" for r in reversed(shown)])
+    axis.set_yticks(range(len(shown)), [f"{r.id} ({r.claim.metric})" for r in reversed(shown)])
     axis.set_xlabel("difference / smallest effect that could be seen")
-    found = sum(row["verdict"].startswith("detected") for row in shown)
+    found = sum(row.verdict.detected for row in shown)
     axis.set_title(wrapped(f"{found} of {len(shown)} testable claims show a difference"))
-    return figure
-
-
-@styled
-def leaderboard(pairs, labels):
-    """Raw and length-controlled win-rate differences of published pairs, in points."""
-    figure, axis = plt.subplots()
-    places = np.arange(len(pairs))
-    for shift, kind, colour in ((-0.2, "raw", COLOURS[0]), (0.2, "length_controlled", COLOURS[1])):
-        heights = [pair[kind][2] for pair in pairs]
-        bars = axis.bar(places + shift, heights, 0.38, color=colour, label=kind.replace("_", "-"))
-        axis.bar_label(bars, fmt="%+.1f", fontsize=9)
-    axis.set_xticks(places, labels)
-    left = pairs[0]["length_controlled"][2] / pairs[0]["raw"][2]
-    title = f"{labels[0].splitlines()[0]}: {left:.0%} of the raw gain is left at equal length"
-    axis.set(ylabel="win rate with noise minus without (points)", title=wrapped(title))
-    axis.legend()
-    return figure
-
-
-@styled
-def length_views(views):
-    """Every answer to "how much better?" as a point with its interval, in percentage points.
-
-    views: columns view, kind (raw, official, refit, matched), estimate, ci_low, ci_high, n
-    (`published.views`); NaN where there is no interval or number.
-    """
-    shown = views[views.estimate.notna()]
-    figure, axis = plt.subplots(figsize=(6.4, 1.4 + 0.34 * len(shown)))
-    colours = {"raw": "black", "official": COLOURS[1], "refit": COLOURS[0], "matched": COLOURS[2]}
-    places = np.arange(len(shown))[::-1]
-    for place, row in zip(places, shown.itertuples(), strict=True):
-        colour = colours[row.kind]
-        if np.isfinite(row.ci_low):
-            axis.plot([row.ci_low, row.ci_high], [place, place], color=colour, linewidth=2)
-        axis.plot(row.estimate, place, "o", color=colour)
-        number = f"{row.estimate:+.1f}"
-        axis.annotate(number, (row.estimate, place), (0, 5), textcoords="offset points", fontsize=8)
-    axis.axvline(0, color=BASELINE, linewidth=1)
-    counts = ["" if pd.isna(n) else f" (n = {n})" for n in shown.n]
-    axis.set_yticks(places, [view + n for view, n in zip(shown["view"], counts, strict=True)])
-    axis.set(xlabel="win rate with noise minus without (points)", ylim=(-0.6, len(shown) - 0.2))
-    raw = shown[shown.kind == "raw"].estimate.iloc[0]
-    rest = shown[shown.kind != "raw"].estimate
-    gain = f"{rest.min():+.0f} to {rest.max():+.0f}" if len(rest) > 1 else f"{rest.min():+.0f}"
-    how = ", depending on how length is held" if len(rest) > 1 else ""
-    axis.set_title(wrapped(f"{raw:+.0f} points as judged, {gain} at equal length{how}"), x=-0.35)
-    return figure
-
-
-@styled
-def gain_by_length_change(quintiles):
-    """Gain in each group of prompts against how much longer the treatment's answer is.
-
-    quintiles: columns quintile, n, chars_low, chars_high, chars_mean (characters), estimate,
-    ci_low, ci_high (points); see `length_control.by_length_change`.
-    """
-    figure, axis = plt.subplots()
-    axis.axhline(0, color=BASELINE, linewidth=1)
-    axis.vlines(
-        quintiles.chars_mean, quintiles.ci_low, quintiles.ci_high, color=COLOURS[0], linewidth=2
-    )
-    axis.plot(quintiles.chars_mean, quintiles.estimate, "o-", color=COLOURS[0])
-    for row in quintiles.itertuples():
-        label, place = f"{row.estimate:+.0f}", (row.chars_mean, row.estimate)
-        axis.annotate(label, place, (6, -10), textcoords="offset points", fontsize=9)
-    first, last = quintiles.estimate.iloc[[0, -1]]
-    steps = np.diff(quintiles.estimate)
-    word = "grows with" if (steps > 0).all() else "does not simply grow with"
-    axis.set(
-        xlabel="answer with noise minus answer without (characters), mean of each fifth",
-        ylabel="gain in win rate (points)",
-    )
-    title = f"The gain {word} the extra length: {first:+.0f} points in the first fifth of prompts"
-    axis.set_title(wrapped(f"{title}, {last:+.0f} in the last"))
     return figure

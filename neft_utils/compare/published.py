@@ -1,14 +1,9 @@
-"""Other people's runs: the paper's tables, the leaderboard's rows and the submission behind them.
+"""Other people's answers: the submission to the public leaderboard that NEFTune's authors made.
 
-`facts/paper_results.csv` holds every number that the tables of arXiv 2310.05914 print;
-`facts/leaderboard_rows.csv` the public leaderboard's rows around the authors' submission
-(they also ship in the PyPI package alpaca-eval), raw and length-controlled;
-`facts/published_decoding.csv` how the two Alpaca models of the leaderboard were decoded;
-`facts/alpaca_eval_files.csv` the files of both, with sha256.
-
-The submission itself, 805 answers of `alpaca-7b-neft` with GPT-4's preferences against
-text_davinci_003, is downloaded when it is wanted, at one commit and by sha256, and so is
-`alpaca-7b`. Its texts are CC BY-NC 4.0: they stay in data/downloads, results hold numbers only.
+805 answers of `alpaca-7b-neft` with GPT-4's preferences against text_davinci_003 are downloaded
+when they are wanted, at one commit and by sha256 (`facts/alpaca_eval_files.csv`), and so are those
+of `alpaca-7b`. Their texts are CC BY-NC 4.0: they stay in data/downloads, and results hold numbers
+only.
 
 `python -m neft_utils.compare.published CONTROL_DIR TREATMENT_DIR` compares any two such folders.
 """
@@ -25,10 +20,11 @@ from scipy.stats import t
 from neft_utils.base.files import write_csv, write_json
 from neft_utils.base.paths import REFERENCE, Paths
 from neft_utils.base.wheels import NoNetworkError
-from neft_utils.compare import length_control
+from neft_utils.compare import length_control, length_pairs
 from neft_utils.compare.expected import EVIDENCE
+from neft_utils.compare.facts import leaderboard_pair, leaderboard_rows, paper_results
 from neft_utils.evaluate import text_metrics
-from neft_utils.evaluate.alpaca_eval import COMMIT, CONTROL, FACTS, TREATMENT, prompt_id, submission
+from neft_utils.evaluate.alpaca_eval import COMMIT, CONTROL, TREATMENT, prompt_id, submission
 
 CHUNK = 50  # words; the paper's C for Alpaca (Table 4)
 LIMITS = ("mean", "low", "high")
@@ -36,40 +32,8 @@ NAMES = ("model_outputs.json", "annotations.json")
 VIEWS = ["view", "kind", "estimate", "ci_low", "ci_high", "n"]
 
 
-def paper_results():
-    """The paper's tables as one DataFrame: table, model, tuning, train_data, noise,
-    noise_alpha, metric, judge, value, note. Win rates in percent."""
-    return pd.read_csv(FACTS / "paper_results.csv", dtype={"table": str, "noise_alpha": str})
-
-
-def leaderboard_rows():
-    """The leaderboard's rows: leaderboard, model, win_rate and length_controlled_win_rate in
-    percent, avg_chars."""
-    return pd.read_csv(FACTS / "leaderboard_rows.csv")
-
-
-def decoding_rows():
-    """How the two public Alpaca models answered: model, base_model, do_sample, temperature,
-    top_p, repetition_penalty, max_length, source (paths in the alpaca_eval repository)."""
-    return pd.read_csv(FACTS / "published_decoding.csv")
-
-
-def leaderboard_pair(control=CONTROL, treatment=TREATMENT):
-    """One pair of rows as {"raw", "length_controlled", "chars"}: (control, treatment, difference).
-
-    Of AlpacaEval 1. Differences are treatment minus control: percentage points and characters.
-    """
-    rows = leaderboard_rows().query("leaderboard == 'AlpacaEval 1'").set_index("model")
-    names = ("win_rate", "length_controlled_win_rate", "avg_chars")
-    out = {}
-    for name, column in zip(("raw", "length_controlled", "chars"), names, strict=True):
-        low, high = rows.loc[control, column], rows.loc[treatment, column]
-        out[name] = (float(low), float(high), round(float(high - low), 2))
-    return out
-
-
 def read_arm(folder):
-    """A folder's answers as length_control wants them: prompt_id, preference, chars,
+    """A folder's answers as `length_pairs` wants them: prompt_id, preference, chars,
     reference_chars; one row per instruction that was answered and annotated.
 
     annotations.json: output_1 is the reference, output_2 the candidate; preference 1..2 is 1 plus
@@ -93,7 +57,7 @@ def read_arm(folder):
         rows.append([prompt_id(row["instruction"]), win, len(text), len(row["output_1"])])
     if not rows:
         raise ValueError(f"{folder}: no instruction is in both model_outputs.json and annotations")
-    return pd.DataFrame(rows, columns=length_control.COLUMNS)
+    return pd.DataFrame(rows, columns=length_pairs.COLUMNS)
 
 
 def _rows(path, fields):
@@ -130,7 +94,7 @@ def _win(preference, folder):
 
 
 def compare(control_dir, treatment_dir, n_resamples=2000, seed=0):
-    """Every view of `length_control` on two folders, treatment minus control, as plain JSON.
+    """Every view of length on two folders, treatment minus control, as plain JSON.
 
     Percentage points and characters: raw_difference, raw_ci, length_controlled {form: [estimate,
     low, high]}, length_matched {tolerance: [estimate, se, n]}, mean_chars [control, treatment] and
@@ -141,11 +105,11 @@ def compare(control_dir, treatment_dir, n_resamples=2000, seed=0):
     What cannot be estimated is null. Raises ValueError as `read_arm` and `pair_arms` do.
     """
     arms = read_arm(control_dir), read_arm(treatment_dir)
-    pairs = length_control.pair_arms(*arms)
-    raw = length_control.raw_difference(pairs)
+    pairs = length_pairs.pair_arms(*arms)
+    raw = length_pairs.raw_difference(pairs)
     forms = length_control.length_controlled(pairs, n_resamples, seed).set_index("form")
-    matched = length_control.length_matched(pairs).set_index("tolerance")
-    references = [pairs[f"reference_chars_{arm}"] for arm in length_control.ARMS]
+    matched = length_pairs.length_matched(pairs).set_index("tolerance")
+    references = [pairs[f"reference_chars_{arm}"] for arm in length_pairs.ARMS]
     out = {
         "n": len(pairs),
         "n_missing": len(set(arms[0].prompt_id) | set(arms[1].prompt_id)) - len(pairs),
@@ -162,11 +126,11 @@ def compare(control_dir, treatment_dir, n_resamples=2000, seed=0):
         },
         "n_failed": forms["n_failed"].to_dict(),
         "length_matched": _lists(matched, "estimate", "se", "n"),
-        "mean_chars": [float(pairs[f"chars_{arm}"].mean()) for arm in length_control.ARMS],
-        "overlap": length_control.overlap(pairs),
+        "mean_chars": [float(pairs[f"chars_{arm}"].mean()) for arm in length_pairs.ARMS],
+        "overlap": length_pairs.overlap(pairs),
         "same_reference": references[0].equals(references[1]),
         "fit": length_control.compare_forms(pairs).to_dict("records"),
-        "quintiles": length_control.by_length_change(pairs).to_dict("records"),
+        "quintiles": length_pairs.by_length_change(pairs).to_dict("records"),
     }
     return _plain(out)
 
@@ -223,8 +187,8 @@ def _table_4():
 def revisit(paths, say=print, cache=None):
     """What the public answers say, written to <paths.results>/published/ and returned.
 
-    paths: config.Paths. Returns source, pair (leaderboard_pair()), comparison (compare(...)) and
-    the DataFrames leaderboard, views, matched, quintiles, fit, text_statistics, and writes
+    paths: base.paths.Paths. Returns source, pair (leaderboard_pair()), comparison (compare(...))
+    and the DataFrames leaderboard, views, matched, quintiles, fit, text_statistics, and writes
     comparison.json and a CSV of each table: numbers, no texts. source is "annotations"; without
     cache and network it is "stored" if this folder or a reference holds the numbers of the same
     files, else "leaderboard" (comparison None, views has its two rows, no further tables); one

@@ -1,6 +1,8 @@
 """Finished runs, read from their files, and what their tables must say of them."""
 
+import dataclasses
 import json
+from dataclasses import dataclass
 
 import pandas as pd
 
@@ -31,17 +33,17 @@ def open_results(profile, out):
         if all(list(found.glob(f"{arm}-s*/scores.json")) for arm in wanted):
             if (name, folder) != (profile, out):
                 print(f"no finished {profile} runs in {out}: reading {folder}/{loaded.name}")
-            runs = load_runs(found)  # without those of an earlier version of the profile
-            runs = {run: runs[run] for run in [(BASE, 0), *loaded.runs()] if run in runs}
-            return loaded, Paths(loaded.name, out), runs
+            return loaded, Paths(loaded.name, out), load_runs(found, loaded)
     raise ConfigError(f"no finished runs of {profile}: run make reproduce PROFILE={profile} first")
 
 
-def load_runs(folder):
+def load_runs(folder, profile=None):
     """{(arm, seed): run} of the finished runs below `folder`.
 
     A run is a dict: scores and provenance, `generations` and each of FILES as DataFrames (empty
-    where nothing was asked), and `noise` and `log` (train_log.csv) for trained ones.
+    where nothing was asked), and `noise` and `log` (train_log.csv) for trained ones. profile: only
+    its runs, in its order, so none of an earlier version of it. ConfigError for a run that lacks
+    one of FILES.
     """
     runs = {}
     for scores in sorted(folder.glob("*/scores.json")):
@@ -61,7 +63,9 @@ def load_runs(folder):
             "noise": read_json(run / "noise.json"),
             "log": pd.read_csv(log) if log.exists() else None,
         }
-    return runs
+    if profile is None:
+        return runs
+    return {run: runs[run] for run in [(BASE, 0), *profile.runs()] if run in runs}
 
 
 _NAMES = {"example_id": str, "item_id": str}
@@ -69,45 +73,87 @@ _NAMES = {"example_id": str, "item_id": str}
 
 def missing_runs(profile, runs):
     """Names of the profile's runs, the untrained model's included, that are not among `runs`."""
-    return [f"{a}-s{s}" for a, s in [(BASE, 0), *profile.runs()] if (a, s) not in runs]
+    return _split(profile, runs)[1]
 
 
-def caveats(profile, runs):
-    """What every table of these runs must say of itself, a sentence each: which runs are missing,
-    and which of the packages that provenance records were not the pinned ones."""
-    out = []
-    if lost := missing_runs(profile, runs):
-        models = [(BASE, 0), *profile.runs()]
-        whole = len(models)
-        listed = f"{len(lost)} of {whole} runs are missing, {', '.join(lost)}"
-        if len(lost) > whole / 2:
-            there = ", ".join(f"{arm}-s{seed}" for arm, seed in models if (arm, seed) in runs)
-            listed = f"{len(runs)} of {whole} runs are there, {there}"
-        out.append(
+def _split(profile, runs):
+    """Names of the profile's runs that are among `runs`, and of those that are not."""
+    sides = [], []
+    for arm, seed in [(BASE, 0), *profile.runs()]:
+        sides[(arm, seed) not in runs].append(f"{arm}-s{seed}")
+    return sides
+
+
+# ------------------------------------------------------------------------- what tables must say
+
+
+@dataclass(frozen=True)
+class MissingRuns:
+    there: tuple[str, ...]  # names of runs
+    missing: tuple[str, ...]
+
+    def __str__(self):
+        whole = len(self.there) + len(self.missing)
+        listed = f"{len(self.missing)} of {whole} runs are missing, {', '.join(self.missing)}"
+        if len(self.missing) > whole / 2:
+            listed = f"{len(self.there)} of {whole} runs are there, {', '.join(self.there)}"
+        return (
             f"Not complete: {listed}. Arms are compared on the seeds that both have, so a contrast"
             " is not the difference of two arms' means."
         )
-    wanted = pins()
-    other = {
-        f"{name} {version} (pinned: {wanted[name]})"
-        for run in runs.values()
-        for name, version in run["provenance"]["versions"].items()
-        if version is not None and version.split("+")[0] != wanted.get(name, version)
-    }
-    other |= {
-        f"Python {run['provenance']['python']} (pinned: {PYTHON})"
-        for run in runs.values()
-        if not run["provenance"]["python"].startswith(f"{PYTHON}.")
-    }
-    if other:
-        out.append(f"Other versions than the pinned ones: {', '.join(sorted(other))}.")
-    engines = {engine_of(run) for run in runs.values() if len(run["generations"])}
-    if len(engines) > 1:
-        out.append(
-            f"Answers of different engines ({', '.join(sorted(engines))}), which round differently:"
+
+
+@dataclass(frozen=True)
+class OtherVersions:
+    packages: tuple[tuple[str, str, str], ...]  # name, version, pinned version
+
+    def __str__(self):
+        listed = (f"{name} {version} (pinned: {pin})" for name, version, pin in self.packages)
+        return f"Other versions than the pinned ones: {', '.join(listed)}."
+
+
+@dataclass(frozen=True)
+class Engines:
+    engines: tuple[str, ...]
+
+    def __str__(self):
+        return (
+            f"Answers of different engines ({', '.join(self.engines)}), which round differently:"
             " runs differ by that too."
         )
+
+
+KINDS = {MissingRuns: "missing_runs", OtherVersions: "other_versions", Engines: "engines"}
+
+
+def caveats(profile, runs):
+    """What every table of these runs must say of itself: a list of MissingRuns, OtherVersions (of
+    the packages that provenance records) and Engines, whichever apply. `str()` gives a sentence.
+    """
+    out = []
+    there, missing = _split(profile, runs)
+    if missing:
+        out.append(MissingRuns(tuple(there), tuple(missing)))
+    wanted, other = pins(), set()
+    for about in (run["provenance"] for run in runs.values()):
+        for name, version in about["versions"].items():
+            if version is not None and version.split("+")[0] != wanted.get(name, version):
+                other.add((name, version, wanted[name]))
+        if not about["python"].startswith(f"{PYTHON}."):
+            other.add(("Python", about["python"], PYTHON))
+    if other:
+        out.append(OtherVersions(tuple(sorted(other))))
+    engines = {engine_of(run) for run in runs.values() if len(run["generations"])}
+    if len(engines) > 1:
+        out.append(Engines(tuple(sorted(engines))))
     return out
+
+
+def caveats_json(notes):
+    """Caveats as tables/caveats.json holds them: a list of {"kind": …, …}."""
+    return json.loads(
+        json.dumps([{"kind": KINDS[type(n)], **dataclasses.asdict(n)} for n in notes])
+    )
 
 
 def engine_of(run):

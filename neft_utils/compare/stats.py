@@ -1,4 +1,4 @@
-"""Intervals, tests and words for paired comparisons of two arms over seeds and examples.
+"""Intervals, tests and verdicts for paired comparisons of two arms over seeds and examples.
 
 The unit is the **seed pair**: treatment and control trained with the same seed on the same rows
 and scored on the same test examples. Every seed pair meets every example, which is a two-way
@@ -12,15 +12,15 @@ S N numbers ignores A/S, and A does not shrink however many examples are scored.
 
 Sources: Searle, Casella & McCulloch 1992 (crossed random effects, expected mean squares),
 Satterthwaite 1946 (degrees of freedom of a sum of mean squares), Miller 2024, arXiv:2411.00640
-(paired evaluation of language models), Owen 2007 (crossed bootstrap), Holm 1979 (several tests).
+(paired evaluation of language models), Holm 1979 (several tests).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 from math import inf, isfinite, nan
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -30,7 +30,6 @@ from scipy.stats import nct, t
 # A standard error below this share of the largest value is rounding (differences of stored
 # numbers carry errors near 1e-14 of their size), not a spread.
 _ROUNDING = 1e-12
-_BLOCK = 500  # simulations held at once: 500 x 10 seeds x 100 examples x 8 bytes = 4 MB
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def confirmatory_interval(
     S = 1 there is no interval over seeds: ci, se and detectable are NaN, df is 0.
     Raises ValueError for missing columns, no rows, non-finite, repeated or unbalanced values.
     """
-    return _t_interval(_crossed_matrix(deltas), level, power)
+    return _t_interval(crossed_matrix(deltas), level, power)
 
 
 def seed_interval(values: Sequence[float], level: float = 0.95, power: float = 0.8) -> Interval:
@@ -85,23 +84,6 @@ def seed_interval(values: Sequence[float], level: float = 0.95, power: float = 0
     if matrix.ndim != 1 or matrix.size == 0 or not np.isfinite(matrix).all():
         raise ValueError(f"seed_interval needs a flat list of finite differences, got {values!r}")
     return _t_interval(matrix[:, None], level, power)
-
-
-def crossed_bootstrap(deltas: pd.DataFrame, n_resamples: int = 4000, seed: int = 0) -> Interval:
-    """95 % percentile interval resampling seeds and examples independently (Owen 2007). Secondary.
-
-    Not for claims: with S = 3 one resample in 27 holds a given seed pair alone, and 1/27 = 3.7 %
-    exceeds the 2.5 % tail. So where seed noise dominates, the interval excludes 0 whenever three
-    signs agree: 2/8 = 25 % false alarms (see `type_one_error_table`). Input and errors as in
-    `confirmatory_interval`; se is the SD of the resampled means, df and detectable are NaN.
-    """
-    values = _crossed_matrix(deltas)
-    means = _resampled_means(values, n_resamples, np.random.default_rng(seed))
-    low, high = np.quantile(means, [0.025, 0.975])
-    if len(values) == 1 or means.std() <= _ROUNDING * np.abs(values).max():
-        low = high = nan
-    estimate, se = float(values.mean()), float(means.std())
-    return Interval(estimate, float(low), float(high), se, nan, *values.shape, detectable=nan)
 
 
 def detectable_effect(se: float, df: float, alpha: float = 0.05, power: float = 0.8) -> float:
@@ -125,86 +107,6 @@ def detectable_effect(se: float, df: float, alpha: float = 0.05, power: float = 
     while shortfall(high) < 0:
         high *= 2
     return float(se * brentq(shortfall, 0.0, high))
-
-
-def variance_components(deltas: pd.DataFrame) -> tuple[float, float, float]:
-    """(A, B, C): variances of what is special to a seed, to an example, and to both together.
-
-    By the expected mean squares of `confirmatory_interval`, set to 0 if negative; in the unit of
-    delta squared. Input and errors as there, and ValueError for fewer than 2 seeds.
-    """
-    values = _crossed_matrix(deltas)
-    n_seeds, n_examples = values.shape
-    if n_seeds < 2:
-        raise ValueError(f"a spread between seeds needs 2 of them, got {n_seeds}")
-    _, (ms_seed, ms_example, ms_rest) = _mean_squares(values)
-    seed, example = (ms_seed - ms_rest) / n_examples, (ms_example - ms_rest) / n_seeds
-    return max(float(seed), 0.0), max(float(example), 0.0), float(ms_rest)
-
-
-def planned_effects(
-    deltas: pd.DataFrame, seeds: Sequence[int] = (3, 5, 10, 20, 40), power: float = 0.8
-) -> pd.DataFrame:
-    """What the same design with more or fewer seed pairs would find: n_seeds, detectable.
-
-    The variances are taken as known from these deltas, the examples stay as many as they are, so
-    that B/N stays however many seeds there are. detectable as in `Interval`, in delta's unit.
-    """
-    a, b, c = variance_components(deltas)
-    n_examples, rows = deltas["example_id"].nunique(), []
-    for n_seeds in seeds:
-        expected = (np.float64(x) for x in (c + n_examples * a, c + n_seeds * b, c))
-        _, se, df = _combined(tuple(expected), n_seeds, n_examples, level=0.95)
-        rows.append((n_seeds, detectable_effect(float(se), float(df), power=power)))
-    return pd.DataFrame(rows, columns=["n_seeds", "detectable"])
-
-
-def type_one_error(
-    n_seeds: int,
-    ratio: float,
-    n_examples: int = 100,
-    n_simulations: int = 10_000,
-    seed: int = 0,
-    interaction: float = 0.5,
-    bootstrap: bool = False,
-) -> float:
-    """Share of simulated experiments without any effect whose 95 % interval excludes 0.
-
-    ratio: seed SD sqrt(A) over the standard error that one seed pair has from its examples,
-    sqrt((B + C) / N). interaction: C / (B + C), the share of the spread over examples that seeds
-    do not have in common. bootstrap: test `crossed_bootstrap` with 400 resamples instead of
-    `confirmatory_interval`. Raises ValueError for fewer than 2 seeds.
-    """
-    if n_seeds < 2:
-        raise ValueError(f"an interval over seeds needs n_seeds >= 2, got {n_seeds}")
-    rng, false_alarms = np.random.default_rng(seed), 0
-    for start in range(0, n_simulations, _BLOCK):
-        size = min(_BLOCK, n_simulations - start)
-        # B + C = 1, so the example standard error is 1 / sqrt(N) and a[s] has SD ratio / sqrt(N).
-        values = ratio / n_examples**0.5 * rng.standard_normal((size, n_seeds, 1))
-        values = values + (1 - interaction) ** 0.5 * rng.standard_normal((size, 1, n_examples))
-        values += interaction**0.5 * rng.standard_normal((size, n_seeds, n_examples))
-        if bootstrap:
-            means = _resampled_means(values, 400, rng)
-            low, high = np.quantile(means, [0.025, 0.975], axis=-1)
-        else:
-            estimate, half_width, _, _ = _t_arithmetic(values, level=0.95)
-            low, high = estimate - half_width, estimate + half_width
-        false_alarms += int(((low > 0) | (high < 0)).sum())
-    return false_alarms / n_simulations
-
-
-def type_one_error_table(n_simulations: int = 4000, seed: int = 0) -> pd.DataFrame:
-    """False-alarm rates of both intervals at 100 examples; nominal is 0.05.
-
-    Columns n_seeds, ratio, confirmatory, crossed_bootstrap (a quarter as many simulations).
-    """
-    rows = []
-    for n_seeds, ratio in product((3, 5, 10), (0.0, 0.5, 1.0, 2.0, 5.0, 10.0)):
-        ours = type_one_error(n_seeds, ratio, 100, n_simulations, seed)
-        other = type_one_error(n_seeds, ratio, 100, n_simulations // 4, seed, bootstrap=True)
-        rows.append((n_seeds, ratio, ours, other))
-    return pd.DataFrame(rows, columns=["n_seeds", "ratio", "confirmatory", "crossed_bootstrap"])
 
 
 def p_value(interval: Interval) -> float:
@@ -242,6 +144,52 @@ def non_inferiority(interval: Interval, margin: float, higher_is_better: bool) -
     return bool(worst > -margin)
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What an interval says of an effect, as data; `str()` makes the words, and nothing else does.
+
+    Numbers are in the metric's own unit. `verdict` makes one.
+    """
+
+    outcome: Literal["detected", "opposite", "not_detected", "not_testable"]
+    unit: str = ""
+    detectable: float | None = None  # smallest effect that could be seen; None if not testable
+    elsewhere: str | None = None  # profile that can test it
+    adjusted_p: float | None = None  # from `holm`, where several were tested
+    taken_back: bool = (
+        False  # the interval excludes 0, and after Holm's correction it does not count
+    )
+    margin: float | None = None  # how much worse still counts as "no worse"
+    held: bool | None = None  # whether `non_inferiority` holds; None without margin or interval
+
+    @property
+    def testable(self) -> bool:
+        return self.outcome != "not_testable"
+
+    @property
+    def detected(self) -> bool:
+        """An effect of either sign, the claimed one or its opposite."""
+        return self.outcome in ("detected", "opposite")
+
+    def __str__(self) -> str:
+        if not self.testable:
+            return "not testable here" + (
+                f" (see profile {self.elsewhere})" if self.elsewhere else ""
+            )
+        if self.detected:
+            against = self.outcome == "opposite"
+            words = "detected, opposite to the claim" if against else "detected"
+        elif self.taken_back:
+            words = f"not detected after correction (p = {self.adjusted_p:.2g})"
+        else:
+            seen = f"{self.detectable:.2g} {self.unit}".strip()
+            words = f"not detected (could have seen ≥ {seen})"
+        if self.held is None:
+            return words
+        bound = "worse by less than" if self.held else "not shown to be worse by less than"
+        return f"{words}; {bound} {self.margin:g} {self.unit}".strip()
+
+
 def verdict(
     interval: Interval | None,
     elsewhere: str | None = None,
@@ -249,48 +197,42 @@ def verdict(
     claimed: int = 0,
     adjusted_p: float | None = None,
     margin: float | None = None,
-) -> str:
-    """The only place where results become words.
+) -> Verdict:
+    """Whether the interval shows an effect, as a `Verdict`.
 
-    "detected" if the interval excludes 0, else "not detected (could have seen ≥ x unit)" with x
-    the smallest detectable effect; "not testable here (see profile y)" with y = elsewhere
-    if there is no interval. claimed: sign of the effect that a claim predicts
-    (0: none); an effect of the other sign is "detected, opposite to the claim". adjusted_p: from
-    `holm`; at 0.05 or more it takes a detection back. margin: for a claim of "no worse" in a
-    metric where higher is better, how much worse still counts as that; says in addition whether
-    `non_inferiority` holds. ValueError for a bootstrap, which has no x.
+    "detected" if the interval excludes 0, "opposite" if so with the other sign than claimed,
+    "not_detected" if not, "not_testable" if there is no interval (None, or its ends are NaN).
+    claimed: sign of the effect that a claim predicts (0: none). adjusted_p: from `holm`; at 0.05 or
+    more it takes a detection back. margin: for a claim of "no worse" in a metric where higher is
+    better; `held` says whether `non_inferiority` holds, and a lower value is "opposite".
+    elsewhere, unit: for the words. ValueError for a bootstrap, which has no detectable effect.
     """
     if interval is None or not isfinite(interval.ci_low):
-        return "not testable here" + (f" (see profile {elsewhere})" if elsewhere else "")
+        return Verdict("not_testable", unit, elsewhere=elsewhere, margin=margin)
     if not isfinite(interval.detectable):
         raise ValueError("verdict needs confirmatory_interval or seed_interval, not a bootstrap")
-    if interval.ci_low > 0 or interval.ci_high < 0:
-        # What "no worse" forbids is a lower value.
-        opposite = claimed * interval.estimate < 0 or (margin is not None and interval.estimate < 0)
-        words = "detected, opposite to the claim" if opposite else "detected"
-        if adjusted_p is not None and adjusted_p >= 0.05:
-            words = f"not detected after correction (p = {adjusted_p:.2g})"
-    else:
-        words = f"not detected (could have seen ≥ {f'{interval.detectable:.2g} {unit}'.strip()})"
-    if margin is None:
-        return words
-    held = non_inferiority(interval, margin, higher_is_better=True)
-    bound = f"{margin:g} {unit}".strip()
-    return (
-        f"{words}; {'worse by less than' if held else 'not shown to be worse by less than'} {bound}"
-    )
+    excludes = interval.ci_low > 0 or interval.ci_high < 0
+    taken_back = excludes and adjusted_p is not None and adjusted_p >= 0.05
+    # What "no worse" forbids is a lower value.
+    opposite = claimed * interval.estimate < 0 or (margin is not None and interval.estimate < 0)
+    outcome = "not_detected"
+    if excludes and not taken_back:
+        outcome = "opposite" if opposite else "detected"
+    held = None if margin is None else non_inferiority(interval, margin, higher_is_better=True)
+    seen = interval.detectable
+    return Verdict(outcome, unit, seen, None, adjusted_p, taken_back, margin, held)
 
 
-def _t_arithmetic(values: np.ndarray, level: float) -> tuple[np.ndarray, ...]:
+def t_arithmetic(values: np.ndarray, level: float) -> tuple[np.ndarray, ...]:
     """Estimate, half width, se, df, shape (...) each, of (..., S, N) values; S >= 2.
 
-    Takes stacks, so that `type_one_error` tests the arithmetic of the real interval.
+    Takes stacks, so that `simulation` tests the arithmetic of the real interval.
     """
-    mean, squares = _mean_squares(values)
-    return mean, *_combined(squares, *values.shape[-2:], level)
+    mean, squares = mean_squares(values)
+    return mean, *combined(squares, *values.shape[-2:], level)
 
 
-def _mean_squares(values: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+def mean_squares(values: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
     """Means and (MS_seed, MS_example, MS_rest), shape (...) each, of (..., S, N) values."""
     n_seeds, n_examples = values.shape[-2:]
     mean = values.mean((-2, -1), keepdims=True)
@@ -308,9 +250,14 @@ def _dfs(n_seeds: int, n_examples: int) -> tuple[int, int, int]:
     return n_seeds - 1, max(n_examples - 1, 1), max((n_seeds - 1) * (n_examples - 1), 1)
 
 
-def _combined(mean_squares, n_seeds: int, n_examples: int, level: float) -> tuple[np.ndarray, ...]:
-    """Half width, se and df of the mean, from the mean squares; never below the seeds' own t."""
-    (ms_seed, ms_example, ms_rest), dfs = mean_squares, _dfs(n_seeds, n_examples)
+def combined(
+    observed: tuple[np.ndarray, ...], n_seeds: int, n_examples: int, level: float
+) -> tuple[np.ndarray, ...]:
+    """Half width, se and df of the mean, shape (...) each; never below the seeds' own t.
+
+    observed: the three of `mean_squares`, or what they are expected to be.
+    """
+    (ms_seed, ms_example, ms_rest), dfs = observed, _dfs(n_seeds, n_examples)
     # Each mean square holds C once, the sum needs it once: subtract it, leave it or add it.
     # Equal up to rounding counts as equal, else a shift of all values could move the df.
     floor_ms = (1 + 1e-9) * ms_rest
@@ -326,31 +273,25 @@ def _combined(mean_squares, n_seeds: int, n_examples: int, level: float) -> tupl
     return tuple(np.where(floor >= half_width, *pair) for pair in pairs)
 
 
+def is_rounding(spread: float, values: np.ndarray) -> bool:
+    """Whether a spread of these values, in their unit, is no more than rounding."""
+    return bool(spread <= _ROUNDING * np.abs(values).max())
+
+
 def _t_interval(values: np.ndarray, level: float, power: float) -> Interval:
     if not 0 < level < 1:
         raise ValueError(f"level must lie between 0 and 1, got {level!r}")
     n_seeds, n_examples = values.shape
     if n_seeds == 1:
         return Interval(float(values.mean()), nan, nan, nan, 0.0, 1, n_examples, nan)
-    mean, half_width, se, df = (float(x) for x in _t_arithmetic(values, level))
-    if se <= _ROUNDING * np.abs(values).max():
+    mean, half_width, se, df = (float(x) for x in t_arithmetic(values, level))
+    if is_rounding(se, values):
         return Interval(mean, nan, nan, 0.0, df, n_seeds, n_examples, nan)
     seen = detectable_effect(se, df, 1 - level, power)
     return Interval(mean, mean - half_width, mean + half_width, se, df, n_seeds, n_examples, seen)
 
 
-def _resampled_means(values: np.ndarray, n_resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Grand means, shape (..., R), of (..., S, N) values with both axes resampled R times.
-
-    A resample is a vector of counts per axis; the members of a stack share them.
-    """
-    n_seeds, n_examples = values.shape[-2:]
-    seeds = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), n_resamples) / n_seeds
-    examples = rng.multinomial(n_examples, np.full(n_examples, 1 / n_examples), n_resamples)
-    return (values @ (examples.T / n_examples) * seeds.T).sum(-2)
-
-
-def _crossed_matrix(deltas: pd.DataFrame) -> np.ndarray:
+def crossed_matrix(deltas: pd.DataFrame) -> np.ndarray:
     """Long table to a checked (S, N) matrix."""
     if not {"seed", "example_id", "delta"} <= set(deltas.columns):
         raise ValueError(f"deltas needs seed, example_id, delta; it has {list(deltas.columns)}")

@@ -6,17 +6,36 @@ data order, dropout and LoRA initialisation.
 
 import dataclasses
 import math
+from dataclasses import dataclass
 
 import pandas as pd
 
 from neft_utils.base.strict import ConfigError
-from neft_utils.compare import length_control, stats
+from neft_utils.compare import length_control, length_pairs, stats
 from neft_utils.compare.metrics import JUDGED, METRICS, per_item
 from neft_utils.compare.runs import engine_of
 
 
+@dataclass(frozen=True)
+class Contrast:
+    """Which arms a difference is of: the treatment minus the mean of its controls."""
+
+    treatment: str
+    controls: tuple[str, ...]
+
+    @property
+    def arms(self):
+        return (self.treatment, *self.controls)
+
+    def __str__(self):
+        return f"{self.treatment} - {' & '.join(self.controls)}"
+
+
 def by_seed(runs, decoding):
-    """One row per run: arm, seed and METRICS. decoding: the answers' decoding to report."""
+    """One row per run: arm, seed and METRICS, in the order of `runs`.
+
+    runs: from `runs.load_runs`, here and below. decoding: the answers' decoding to report.
+    """
     rows = []
     for (arm, seed), run in runs.items():
         scores, row = run["scores"], {"arm": arm, "seed": seed}
@@ -44,7 +63,7 @@ def _sets(generations):
 
 
 def main_table(seeds, arms):
-    """One row per arm: mean over seeds of each metric, its t interval, and n_seeds.
+    """One row per arm that has runs: mean over seeds of each metric, its t interval, and n_seeds.
 
     The intervals say where another seed's run would move the mean, not whether arms differ:
     arms share their seeds, so compare them by `contrasts`.
@@ -52,6 +71,8 @@ def main_table(seeds, arms):
     rows = []
     for arm in arms:
         group = seeds[seeds.arm == arm]
+        if group.empty:
+            continue
         row = {"arm": arm}
         for name in METRICS:
             values = group[name].dropna().to_numpy()
@@ -63,58 +84,60 @@ def main_table(seeds, arms):
     return pd.DataFrame(rows)
 
 
-def paired(runs, treatment, controls, name, decoding):
+def paired(runs, pair, name, decoding):
     """DataFrame seed, example_id, delta: a per-item metric, treatment minus the controls' mean.
 
-    Only seeds that every arm has and that were asked. None if there are none. ConfigError if
-    arms of a seed were asked different items (an answer that a judge left out drops its pair).
+    pair: a `Contrast`. Only seeds that every arm has and that were asked. None if there are none.
+    ConfigError if arms of a seed were asked different items (an answer that a judge left out drops
+    its pair).
     """
-    frames, arms = [], (treatment, *controls)
-    for seed in _common_seeds(runs, arms):
-        sides = [per_item(runs[arm, seed], name, decoding) for arm in arms]
+    frames = []
+    for seed in _common_seeds(runs, pair):
+        sides = [per_item(runs[arm, seed], name, decoding) for arm in pair.arms]
         if any(side is None for side in sides):
             continue
         if name not in JUDGED and any(set(side.index) != set(sides[0].index) for side in sides):
-            raise ConfigError(f"{name}: {' and '.join(arms)} of seed {seed} have different items")
-        delta = (sides[0] - sum(sides[1:]) / len(controls)).dropna()
+            arms = " and ".join(pair.arms)
+            raise ConfigError(f"{name}: {arms} of seed {seed} have different items")
+        delta = (sides[0] - sum(sides[1:]) / len(pair.controls)).dropna()
         frames.append(pd.DataFrame({"seed": seed, "example_id": delta.index, "delta": delta.array}))
     return pd.concat(frames, ignore_index=True) if frames else None
 
 
-def _common_seeds(runs, arms):
-    return sorted(set.intersection(*({s for a, s in runs if a == arm} for arm in arms)))
+def _common_seeds(runs, pair):
+    return sorted(set.intersection(*({s for a, s in runs if a == arm} for arm in pair.arms)))
 
 
-def contrast(runs, seeds, treatment, controls, name, decoding):
-    """stats.Interval of treatment minus the controls' mean in a metric, or None without values.
+def contrast(runs, seeds, pair, name, decoding):
+    """stats.Interval of a `Contrast` in a metric, or None without values.
 
     Per-item metrics use the two-way interval over seeds and items; others, and train rows (each
-    seed has its own), the t interval over seed pairs.
+    seed has its own), the t interval over seed pairs. seeds: `by_seed(runs, decoding)`.
     """
-    deltas = paired(runs, treatment, controls, name, decoding)
+    deltas = paired(runs, pair, name, decoding)
     if deltas is not None:
         whole = deltas.groupby("example_id").seed.transform("size") == deltas.seed.nunique()
         if whole.any():
             return stats.confirmatory_interval(deltas[whole])
-    wide = seeds[seeds.arm.isin([treatment, *controls])]
-    wide = wide.pivot(index="seed", columns="arm", values=name)
-    if not {treatment, *controls} <= set(wide.columns):
+    wide = seeds[seeds.arm.isin(pair.arms)].pivot(index="seed", columns="arm", values=name)
+    if not set(pair.arms) <= set(wide.columns):
         return None
     wide = wide.dropna()
-    values = (wide[treatment] - wide[list(controls)].mean(axis=1)).to_numpy()
+    values = (wide[pair.treatment] - wide[list(pair.controls)].mean(axis=1)).to_numpy()
     return stats.seed_interval(values) if len(values) else None
 
 
 def contrasts(runs, seeds, profile, decoding):
     """Every arm against its control in every metric: tidy DataFrame with intervals.
 
-    p and verdict are not corrected for how many there are: they say where to look.
+    p and verdict (a `stats.Verdict`, whose words a CSV gets) are not corrected for how many there
+    are: they say where to look.
     """
     rows = []
     for arm in profile.arms:
         control = profile.control_of(arm)
         for name, (unit, _) in METRICS.items() if arm != control else ():
-            interval = contrast(runs, seeds, arm, [control], name, decoding)
+            interval = contrast(runs, seeds, Contrast(arm, (control,)), name, decoding)
             if interval is not None:
                 rows.append(
                     {
@@ -130,28 +153,28 @@ def contrasts(runs, seeds, profile, decoding):
     return pd.DataFrame(rows)
 
 
-def length_views(runs, treatment, control):
+def length_views(runs, pair):
     """Judged preference with length answered every way: DataFrame view, seed, estimate (points).
 
-    Treatment minus control per seed: `raw`, the forms of `length_control` at equal length,
+    pair: a `Contrast` with one control. Per seed: `raw`, the forms of `length_control`,
     `matched_0.5`, and the arms of the paper's Table 5: the control asked for or forced to long
     answers, the treatment's answers cut to the control's, each minus the plain control. Empty
     without a judge's preferences.
     """
     rows = []
-    for seed in _common_seeds(runs, (treatment, control)):
-        judged = [runs[arm, seed]["preferences"] for arm in (control, treatment)]
+    for seed in _common_seeds(runs, pair):
+        judged = [runs[arm, seed]["preferences"] for arm in reversed(pair.arms)]
         if any(one.empty for one in judged):
             continue
         plain = [
             one[one["set"] == "test"].rename(columns={"example_id": "prompt_id"}) for one in judged
         ]
-        pairs = length_control.pair_arms(*plain)
-        rows.append(("raw", seed, length_control.raw_difference(pairs)["estimate"]))
+        pairs = length_pairs.pair_arms(*plain)
+        rows.append(("raw", seed, length_pairs.raw_difference(pairs)["estimate"]))
         for form in length_control.FORMS:
             low, high = length_control.win_rates_at_equal_length(pairs, form)[0]
             rows.append((form, seed, high - low))
-        matched = length_control.length_matched(pairs, [0.5]).iloc[0]
+        matched = length_pairs.length_matched(pairs, [0.5]).iloc[0]
         rows.append(("matched_0.5", seed, matched.estimate))
         base = plain[0].set_index("prompt_id").preference
         for name in ("test_long_prompt", "test_min_tokens", "test_cut"):

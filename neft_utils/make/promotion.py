@@ -21,7 +21,7 @@ from neft_utils.base.keys import step_key
 from neft_utils.base.paths import BASE, REFERENCE, Paths
 from neft_utils.base.provenance import git_state
 from neft_utils.base.strict import ConfigError
-from neft_utils.compare.runs import caveats, load_runs
+from neft_utils.compare.runs import caveats, caveats_json, load_runs
 from neft_utils.make.workflow import write_notebook
 
 PARTIAL = "results/partial"
@@ -30,7 +30,7 @@ PARTIAL = "results/partial"
 def promote(profile, paths, partial=False):
     """Copy a profile's local results; returns a sentence that says what went where.
 
-    paths: config.Paths of the local results. partial: take the runs that are whole, to
+    paths: base.paths.Paths of the local results. partial: take the runs that are whole, to
     results/partial. Raises ConfigError for a dirty tree, for runs of several commits, of an edited
     tree or of older code, for a missing run (or, if `partial`, for none).
     """
@@ -76,9 +76,9 @@ def _check_tables(profile, paths, whole):
     """Raise ConfigError unless the tables are of these very runs and say what is missing."""
     runs = {run: one for run, one in load_runs(paths.results / "runs").items() if run in whole}
     table = pd.read_csv(paths.tables / "by_seed.csv")
-    texts = [(paths.tables / name).read_text("utf-8") for name in ("main.md", "claims.md")]
     same = set(zip(table.arm, table.seed, strict=True)) == set(whole)
-    if not same or any(note not in text for note in caveats(profile, runs) for text in texts):
+    said = read_json(paths.tables / "caveats.json")
+    if not same or said != caveats_json(caveats(profile, runs)):
         raise ConfigError("the tables are of other runs: run make figures first")
 
 

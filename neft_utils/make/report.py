@@ -1,6 +1,6 @@
 """`make report`: the results as a static site, an index and one page per executed notebook.
 
-The index answers the questions that people come with (`summary`), then shows the ledger of
+The index answers the questions that people come with (`answers`), then shows the ledger of
 claims, the table and the figures, where they come from and how to have them again. What is
 missing is said. No page needs a script, a server or the network (see `pages`).
 """
@@ -18,8 +18,9 @@ from neft_utils.base.files import ROOT, atomic_write_text, read_json
 from neft_utils.base.paths import REFERENCE, Paths
 from neft_utils.base.strict import ConfigError
 from neft_utils.compare.metrics import METRICS
+from neft_utils.compare.results import Results
 from neft_utils.compare.tables import digits_of, main_markdown, show
-from neft_utils.make import readme
+from neft_utils.make import answers
 from neft_utils.make.pages import find_pages, image, markdown, notebook_page, page_html
 
 NEFTUNE = """\
@@ -28,15 +29,14 @@ embeddings during fine-tuning, and only then: $x' = x + \\frac{\\alpha}{\\sqrt{L
 $\\epsilon$ uniform between -1 and 1, $L$ the sequence's own number of tokens, $d$ the embedding
 size and $\\alpha$ the strength. Arms with and without noise that share a seed share all else.
 """
-_SUMMARISED = ("claims.json", "tables/main.csv", "tables/by_seed.csv", "tables/contrasts.csv")
-_SUMMARISED += ("tables/claims.md", "tables/type_one_error.csv", "published/views.csv")
+_SUMMARISED = ("claims.json", "tables/type_one_error.csv", "published/views.csv")
 _RUN_STEPS = {"03": "fine-tune", "04": "evaluate"}
 
 
 def report(profile, paths, say=print):
     """Write the site of a profile's results to `paths.results`/report; returns its index.html.
 
-    profile: config.Profile; paths: where local results are; say: takes one line of progress.
+    profile: base.profiles.Profile; paths: where local results are; say: takes one line of progress.
     Reads the local results or, without any, results/reference. ConfigError when there is
     neither, ValueError for a file of the results that cannot be read.
     """
@@ -80,6 +80,7 @@ def index_page(profile, source, pages, local):
         isinstance(claims, list) and all(isinstance(row, dict) for row in claims)
     ):
         raise ValueError("claims.json is no list of claims: delete it and run make figures")
+    results = Results(source, profile)
     sections = [
         "<h1>NEFTune, measured</h1>",
         "<h2>What is NEFTune?</h2>",
@@ -87,13 +88,13 @@ def index_page(profile, source, pages, local):
         "<h2>Does it help here?</h2>",
         f'<p class="lead">In profile <code>{html.escape(profile.name)}</code>:</p>',
         _verdict(claims, source),
-        _summary(readme.headline, source),
+        _summary(answers.headline, results),
         "<h2>How sure are we?</h2>",
-        _summary(readme.certainty, source),
+        _summary(answers.certainty, results),
         "<h2>How much of it is length?</h2>",
-        _summary(readme.length, source),
+        _summary(answers.length, results),
         "<h2>What would it cost me to try on my model?</h2>",
-        _summary(readme.cost, source),
+        _summary(answers.cost, results),
         "<h2>Every claim</h2>",
         _ledger(claims),
         "<h2>Every metric, by arm</h2>",
@@ -122,13 +123,15 @@ def index_page(profile, source, pages, local):
     return page_html("NEFTune, measured: results", "\n".join(sections), following=following)
 
 
-def _summary(function, source):
-    """One of `summary`'s answers as HTML, or what is missing for it."""
+def _summary(answer, results):
+    """One of `answers` as HTML, or what is missing for it."""
     for name in _SUMMARISED:
-        if not (source / name).exists():
+        if not (results.folder / name).exists():
             return _missing(name, "run make reproduce, or make figures")
     try:
-        return markdown(function(source))
+        if not results.runs:
+            return _missing("finished run", "run make reproduce")
+        return markdown(answer(results))
     except (LookupError, TypeError, ValueError, pd.errors.ParserError) as error:
         return _missing(f"readable answer ({html.escape(repr(error)[:200])})", "run make figures")
 

@@ -9,6 +9,7 @@ import statsmodels.api as sm
 from scipy.special import expit
 
 from neft_utils.compare import length_control as lc
+from neft_utils.compare import length_pairs
 
 
 def synthetic(n=3000, effect=0.0, form="pooled_tanh", seed=0, strength=2.0):
@@ -17,16 +18,16 @@ def synthetic(n=3000, effect=0.0, form="pooled_tanh", seed=0, strength=2.0):
     reference = np.exp(rng.normal(5.8, 0.8, n)).round()
     chars = [np.exp(rng.normal(mean, 0.6, n)).round() for mean in (5.8, 6.3)]
     frames = []
-    for name, length, theta in zip(lc.ARMS, chars, (-0.5, -0.5 + effect), strict=True):
+    for name, length, theta in zip(length_pairs.ARMS, chars, (-0.5, -0.5 + effect), strict=True):
         frame = pd.DataFrame(
             {"prompt_id": range(n), "chars": length, "reference_chars": reference}
         ).assign(preference=0.5)
         frames.append((name, frame, theta))
-    pairs = lc.pair_arms(frames[0][1], frames[1][1])
+    pairs = length_pairs.pair_arms(frames[0][1], frames[1][1])
     term = lc.length_term(pairs, form)
     for (_, frame, theta), f in zip(frames, term, strict=True):
         frame["preference"] = 1.0 * (rng.random(n) < expit(theta + strength * f))
-    return lc.pair_arms(frames[0][1], frames[1][1])
+    return length_pairs.pair_arms(frames[0][1], frames[1][1])
 
 
 @pytest.mark.parametrize("fractional", [False, True])
@@ -88,7 +89,7 @@ def test_a_judge_of_length_alone_leaves_nothing_and_a_real_effect_is_found(form)
     none = lc.length_controlled(synthetic(form=form, seed=4), 200).set_index("form").loc[form]
     pairs = synthetic(form=form, effect=0.8, seed=5)
     some = lc.length_controlled(pairs, 200).set_index("form").loc[form]
-    assert lc.raw_difference(synthetic(form=form, seed=4))["ci_low"] > 5
+    assert length_pairs.raw_difference(synthetic(form=form, seed=4))["ci_low"] > 5
     assert none.ci_low < 0 < none.ci_high and none.share_explained == pytest.approx(1, abs=0.4)
     truth = 100 * (expit(0.3) - expit(-0.5))
     assert some.ci_low < truth < some.ci_high and some.ci_low > 0
@@ -126,7 +127,7 @@ def test_the_fit_criterion_finds_the_judges_form(form):
 def test_the_deviance_is_statsmodels():
     pairs = synthetic(n=500, seed=8)
     term, total = lc.length_term(pairs, "log_ratio"), 0
-    for f, arm in zip(term, lc.ARMS, strict=True):
+    for f, arm in zip(term, length_pairs.ARMS, strict=True):
         design, family = np.c_[np.ones(len(f)), f], sm.families.Binomial()
         total += sm.GLM(pairs[f"preference_{arm}"], design, family=family).fit().deviance
     table = lc.compare_forms(pairs).set_index("form")
@@ -157,46 +158,52 @@ def few(preferences, chars, reference=100):
 def test_raw_matched_and_quintiles_by_hand():
     control = few([0, 0, 1, 0.5, 0], [100, 100, 100, 100, 100])
     treatment = few([1, 0, 1, 0.5, 1], [100, 120, 80, 150, 300])
-    pairs = lc.pair_arms(control, treatment)
-    raw = lc.raw_difference(pairs)
+    pairs = length_pairs.pair_arms(control, treatment)
+    raw = length_pairs.raw_difference(pairs)
     assert (raw["estimate"], raw["control"], raw["treatment"], raw["n"]) == (40, 30, 70, 5)
     assert raw["se"] == pytest.approx(np.std([100, 0, 0, 0, 100], ddof=1) / 5**0.5)
     assert raw["ci_high"] - 40 == pytest.approx(2.7764451 * raw["se"])
-    matched = lc.length_matched(pairs).set_index("tolerance")
+    matched = length_pairs.length_matched(pairs).set_index("tolerance")
     assert matched.n.tolist() == [3, 4]  # 20 % and 50 % themselves count
     assert matched.estimate.tolist() == pytest.approx([100 / 3, 25])
-    halves = lc.by_length_change(pairs, n_groups=2)
+    halves = length_pairs.by_length_change(pairs, n_groups=2)
     assert halves.n.tolist() == [3, 2] and halves.estimate.tolist() == pytest.approx([100 / 3, 50])
     assert halves[["chars_low", "chars_high"]].to_numpy().tolist() == [[-20, 20], [50, 200]]
 
 
 def test_missing_preferences_and_prompts_of_one_arm_drop_out():
     control, treatment = few([0, 1, None, 0], [9] * 4), few([1, None, 1, 1], [9] * 4)
-    pairs = lc.pair_arms(control, treatment.iloc[[0, 1, 2, 3]])
+    pairs = length_pairs.pair_arms(control, treatment.iloc[[0, 1, 2, 3]])
     assert pairs.prompt_id.tolist() == ["p0", "p3"]
     with pytest.raises(ValueError, match="share 1 judged prompts"):
-        lc.pair_arms(control, treatment.iloc[:3])
+        length_pairs.pair_arms(control, treatment.iloc[:3])
 
 
 def test_the_overlap_guard_needs_both_conditions():
     n = 100
     control = few([0.5] * n, [100] * n)
-    assert lc.overlap(lc.pair_arms(control, few([1] * n, [100] * n)))["identifiable"]
+    assert length_pairs.overlap(length_pairs.pair_arms(control, few([1] * n, [100] * n)))[
+        "identifiable"
+    ]
     enough = [110] * 30 + [90] * 20 + [900] * 50
-    assert lc.overlap(lc.pair_arms(control, few([1] * n, enough)))["identifiable"]
+    assert length_pairs.overlap(length_pairs.pair_arms(control, few([1] * n, enough)))[
+        "identifiable"
+    ]
     few_shorter = [110] * 31 + [90] * 19 + [900] * 50
     few_similar = [110] * 29 + [90] * 20 + [900] * 51
     for chars in (few_shorter, few_similar):
-        guard = lc.overlap(lc.pair_arms(control, few([1] * n, chars)))
+        guard = length_pairs.overlap(length_pairs.pair_arms(control, few([1] * n, chars)))
         assert not guard["identifiable"] and guard["verdict"].startswith("not identifiable")
 
 
 def test_without_any_spread_of_length_there_is_no_number():
-    pairs = lc.pair_arms(few([0, 1, 0, 1], [50] * 4), few([1, 1, 0, 1], [50] * 4))
+    pairs = length_pairs.pair_arms(few([0, 1, 0, 1], [50] * 4), few([1, 1, 0, 1], [50] * 4))
     table = lc.length_controlled(pairs, 20)
     assert table.estimate.isna().all() and table.ci_low.isna().all()
     assert np.isnan(
-        lc.raw_difference(lc.pair_arms(few([0] * 3, [9] * 3), few([1] * 3, [9] * 3)))["ci_low"]
+        length_pairs.raw_difference(
+            length_pairs.pair_arms(few([0] * 3, [9] * 3), few([1] * 3, [9] * 3))
+        )["ci_low"]
     )
 
 
@@ -214,13 +221,13 @@ def test_without_any_spread_of_length_there_is_no_number():
 def test_bad_input_is_named_in_one_line(change, words):
     good = few([0, 1, 0], [10, 20, 30])
     with pytest.raises(ValueError, match=words) as caught:
-        lc.pair_arms(good, good.assign(**change))
+        length_pairs.pair_arms(good, good.assign(**change))
     assert "treatment" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_missing_columns_and_unknown_forms_are_refused():
     good = few([0, 1, 0], [10, 20, 30])
     with pytest.raises(ValueError, match=r"control lacks the columns \['chars'\]"):
-        lc.pair_arms(good.drop(columns="chars"), good)
+        length_pairs.pair_arms(good.drop(columns="chars"), good)
     with pytest.raises(ValueError, match="form must be one of"):
-        lc.length_term(lc.pair_arms(good, good), "cubic")
+        lc.length_term(length_pairs.pair_arms(good, good), "cubic")

@@ -15,7 +15,7 @@ from scipy.special import expit
 from neft_utils.base.files import ROOT, sha256_file
 from neft_utils.base.paths import Paths
 from neft_utils.base.wheels import NoNetworkError, ProvenanceError
-from neft_utils.compare import length_control, plots, published
+from neft_utils.compare import facts, length_control, length_pairs, published, published_plots
 from neft_utils.evaluate import alpaca_eval
 
 CACHE = ROOT / "data" / "downloads" / "alpaca_eval"
@@ -112,8 +112,8 @@ def test_the_command_prints_every_view_as_json(pair):
     done = cli(*pair)
     assert done.returncode == 0 and done.stderr == ""
     found = json.loads(done.stdout)
-    pairs = length_control.pair_arms(*map(published.read_arm, pair))
-    wins = [pairs[f"preference_{arm}"] for arm in length_control.ARMS]
+    pairs = length_pairs.pair_arms(*map(published.read_arm, pair))
+    wins = [pairs[f"preference_{arm}"] for arm in length_pairs.ARMS]
     assert found["raw_difference"] == pytest.approx(100 * (wins[1] - wins[0]).mean())
     low, high = found["raw_ci"]
     assert low < found["raw_difference"] < high
@@ -214,7 +214,7 @@ def test_without_network_it_says_so_in_one_line(tmp_path):
 
 
 def test_the_pins_are_whole():
-    files = pd.read_csv(published.FACTS / "alpaca_eval_files.csv")
+    files = pd.read_csv(alpaca_eval.FACTS / "alpaca_eval_files.csv")
     assert files.sha256.str.fullmatch(r"[0-9a-f]{64}").all() and files.sha256.is_unique
     assert sorted(zip(files.model, files.name, strict=True)) == sorted(
         (model, name)
@@ -242,7 +242,7 @@ def test_offline_only_the_leaderboard_is_left(monkeypatch, tmp_path):
     assert found["views"].estimate.tolist() == [found["pair"]["raw"][2], 5.32]
     names = {path.name for path in (paths.results / "published").iterdir()}
     assert names == {"leaderboard.csv", "views.csv"}
-    assert "at equal length" in title(plots.length_views(found["views"]))
+    assert "at equal length" in title(published_plots.length_views(found["views"]))
 
 
 def refuse(url, expected, path):
@@ -276,7 +276,7 @@ def test_the_public_pair_lands_on_what_is_known_of_it(real):
     found = published.compare(*real)
     assert found["n"] == 803 and found["n_missing"] == 2
     assert found["win_rates"] == pytest.approx([26.5, 61.6], abs=0.1)
-    pair = published.leaderboard_pair()
+    pair = facts.leaderboard_pair()
     assert found["raw_difference"] == pytest.approx(pair["raw"][2], abs=0.2)
     assert found["raw_ci"] == pytest.approx([31.2, 39.0], abs=0.1)
     assert found["mean_chars"] == pytest.approx([pair["chars"][0], pair["chars"][1]], abs=2)
@@ -315,7 +315,7 @@ def test_revisiting_writes_numbers_and_no_texts(real, monkeypatch, tmp_path):
     assert len(words) > 100
     for name, content in written.items():
         assert len(content) < 10_000 and not any(word in content for word in words), name
-    assert "grows with" in title(plots.gain_by_length_change(found["quintiles"]))
+    assert "grows with" in title(published_plots.gain_by_length_change(found["quintiles"]))
     # Later, offline: the numbers of this run, which are of the same files.
     monkeypatch.setattr("neft_utils.base.wheels.pinned_file", refuse)
     again = published.revisit(paths, lambda line: None, cache=tmp_path / "empty")
@@ -328,7 +328,7 @@ def test_decoding_is_what_the_submission_says_of_itself(real):
     said = {json.dumps(json.loads(row["metadata"]), sort_keys=True) for row in rows}
     assert len(said) == 1
     said = json.loads(said.pop())
-    ours = published.decoding_rows().set_index("model").loc[published.TREATMENT]
+    ours = facts.decoding_rows().set_index("model").loc[published.TREATMENT]
     assert ours.do_sample == said["do_sample"]
     assert ours.repetition_penalty == said["repetition_penalty"]
     assert ours.max_length == f"{said['max_length']} tokens"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import sys
 from math import isnan, nan, sqrt
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -18,7 +21,7 @@ from statsmodels.formula.api import ols
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
-from neft_utils.compare import stats
+from neft_utils.compare import planning, simulation, stats
 
 # Hundredths between -5 and 5: no subnormal numbers, whose squares vanish.
 shapes = array_shapes(min_dims=2, max_dims=2, min_side=2, max_side=5)
@@ -130,15 +133,15 @@ def test_ignores_the_order_of_rows_and_the_names(matrix, random):
 def test_a_plan_for_the_seeds_at_hand_is_what_the_interval_could_see():
     matrix = crossed(np.random.default_rng(3), 6, 40, seed_sd=0.5, example_sd=0.8, rest_sd=0.7)
     deltas = table(matrix)
-    a, b, c = stats.variance_components(deltas)
+    a, b, c = planning.variance_components(deltas)
     assert min(a, b, c) > 0
-    plan = stats.planned_effects(deltas, (3, 6, 50, 10_000)).set_index("n_seeds").detectable
+    plan = planning.planned_effects(deltas, (3, 6, 50, 10_000)).set_index("n_seeds").detectable
     assert plan[6] == pytest.approx(stats.confirmatory_interval(deltas).detectable, rel=1e-9)
     assert plan.is_monotonic_decreasing
     # What seeds cannot buy: the examples' share B/N stays.
     assert plan[10_000] == pytest.approx(2.8 * np.sqrt(b / 40), rel=0.1)
     with pytest.raises(ValueError, match="needs 2"):
-        stats.variance_components(table(matrix[:1]))
+        planning.variance_components(table(matrix[:1]))
 
 
 def test_covers_the_truth_as_often_as_it_says():
@@ -153,7 +156,7 @@ def test_covers_the_truth_as_often_as_it_says():
 
 def test_one_seed_gives_an_estimate_and_no_interval():
     deltas = table([[1.0, 2.0, 4.5]])
-    for interval in (stats.confirmatory_interval(deltas), stats.crossed_bootstrap(deltas)):
+    for interval in (stats.confirmatory_interval(deltas), simulation.crossed_bootstrap(deltas)):
         assert interval.estimate == pytest.approx(2.5)
         assert np.isnan([*ends(interval), interval.detectable]).all()
         assert (interval.n_seeds, interval.n_examples) == (1, 3)
@@ -167,12 +170,12 @@ def test_values_without_spread_give_no_interval_rather_than_certainty(value):
     intervals = (
         stats.confirmatory_interval(table(values)),
         stats.seed_interval(values[:, 0]),
-        stats.crossed_bootstrap(table(values)),
+        simulation.crossed_bootstrap(table(values)),
     )
     for interval in intervals:
         assert interval.estimate == pytest.approx(value)
         assert np.isnan([*ends(interval), stats.p_value(interval)]).all()
-        assert stats.verdict(interval) == "not testable here"
+        assert stats.verdict(interval).outcome == "not_testable"
         assert not stats.non_inferiority(interval, 1.0, higher_is_better=True)
 
 
@@ -183,7 +186,7 @@ def test_equal_seed_means_are_not_taken_for_certainty():
 
 
 def test_false_alarm_rates():
-    rates = stats.type_one_error_table()
+    rates = simulation.type_one_error_table()
     assert list(rates.columns) == ["n_seeds", "ratio", "confirmatory", "crossed_bootstrap"]
     cells = {(s, r) for s in (3, 5, 10) for r in (0, 0.5, 1, 2, 5, 10)}
     assert set(zip(rates["n_seeds"], rates["ratio"], strict=True)) == cells
@@ -197,21 +200,21 @@ def test_false_alarm_rates():
 @pytest.mark.parametrize("interaction", [0.0, 1.0])
 @pytest.mark.parametrize("n_seeds, ratio", [(2, 0), (3, 1), (5, 0.5), (10, 2)])
 def test_false_alarm_rates_at_the_extremes_of_interaction(interaction, n_seeds, ratio):
-    rate = stats.type_one_error(n_seeds, ratio, 60, 4000, interaction=interaction)
+    rate = simulation.type_one_error(n_seeds, ratio, 60, 4000, interaction=interaction)
     assert 0 < rate <= 0.07
 
 
 def test_random_results_are_seeded():
-    rate, again, other = (stats.type_one_error(3, 2, 20, 700, seed) for seed in (0, 0, 1))
+    rate, again, other = (simulation.type_one_error(3, 2, 20, 700, seed) for seed in (0, 0, 1))
     assert rate == again and rate != other
     deltas = table(crossed(np.random.default_rng(0), 3, 9, 1, 1, 1))
-    first, again, other = (ends(stats.crossed_bootstrap(deltas, 500, s)) for s in (0, 0, 1))
+    first, again, other = (ends(simulation.crossed_bootstrap(deltas, 500, s)) for s in (0, 0, 1))
     assert first == again and first != other
 
 
 def test_bootstrap_calls_three_equal_signs_an_effect_and_the_t_does_not():
     deltas = table(np.tile([[0.1], [0.5], [2.0]], (1, 20)))
-    bootstrap = stats.crossed_bootstrap(deltas)
+    bootstrap = simulation.crossed_bootstrap(deltas)
     assert ends(bootstrap) == pytest.approx((0.1, 2.0))
     assert stats.confirmatory_interval(deltas).ci_low < 0
     assert np.isnan([bootstrap.df, bootstrap.detectable, stats.p_value(bootstrap)]).all()
@@ -219,7 +222,7 @@ def test_bootstrap_calls_three_equal_signs_an_effect_and_the_t_does_not():
 
 def test_bootstrap_has_the_spread_of_seeds_plus_examples():
     matrix = crossed(np.random.default_rng(3), 12, 40, seed_sd=1, example_sd=2, rest_sd=0)
-    interval = stats.crossed_bootstrap(table(matrix), n_resamples=20_000)
+    interval = simulation.crossed_bootstrap(table(matrix), n_resamples=20_000)
     # Without a rest the two resampled axes add: var of the 12 seed means / 12 + of the 40 / 40.
     variance = matrix.mean(1).var() / 12 + matrix.mean(0).var() / 40
     assert interval.se == pytest.approx(sqrt(variance), rel=0.03)
@@ -277,16 +280,35 @@ def test_non_inferiority_looks_at_the_worst_end(higher_is_better, low, high):
     assert not stats.non_inferiority(interval, 1.0, not higher_is_better)
 
 
-def test_verdict_knows_three_phrases():
+def test_a_verdict_is_data_and_its_words_are_made_in_one_place():
     nothing, words = stats.Interval(0.001, -0.002, 0.004, 0.001, 4, 5, 100, 0.00543), "not detected"
     up, edge = (dataclasses.replace(nothing, ci_low=low) for low in (0.0001, 0.0))
     down = dataclasses.replace(nothing, ci_high=-0.0001)
-    assert stats.verdict(up) == stats.verdict(down, unit="nats") == "detected"
-    assert stats.verdict(edge) == f"{words} (could have seen ≥ 0.0054)"
-    assert stats.verdict(nothing, unit="nats") == f"{words} (could have seen ≥ 0.0054 nats)"
+    for one in (up, down):
+        found = stats.verdict(one, unit="nats")
+        assert found == stats.Verdict("detected", "nats", 0.00543) and str(found) == "detected"
+        assert found.detected and found.testable
+    found = stats.verdict(nothing, unit="nats")
+    assert found == stats.Verdict("not_detected", "nats", 0.00543) and not found.detected
+    assert str(found) == f"{words} (could have seen ≥ 0.0054 nats)"
+    assert str(stats.verdict(edge)) == f"{words} (could have seen ≥ 0.0054)"
     for one in (None, stats.seed_interval([1.0])):
-        assert stats.verdict(one) == "not testable here"
-        assert stats.verdict(one, elsewhere="gpu") == "not testable here (see profile gpu)"
+        assert str(stats.verdict(one)) == "not testable here"
+        found = stats.verdict(one, elsewhere="gpu")
+        assert found == stats.Verdict("not_testable", elsewhere="gpu") and not found.testable
+        assert str(found) == "not testable here (see profile gpu)"
+
+
+def test_it_can_be_used_without_the_lab():
+    """Public and for Python 3.10: nothing but numpy, pandas and scipy is imported."""
+    text = Path(stats.__file__).read_text("utf-8")
+    roots = set()
+    for node in ast.walk(ast.parse(text, feature_version=(3, 10))):
+        if isinstance(node, ast.Import):
+            roots |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            roots.add(node.module.partition(".")[0])
+    assert roots - set(sys.stdlib_module_names) == {"numpy", "pandas", "scipy"}
 
 
 GOOD = table([[1, 2, 3], [4, 5, 7]])
@@ -309,10 +331,10 @@ BAD_CALLS = [
     *((stats.detectable_effect, [1, 4, *v], POWER) for v in ([0], [0.8, 0.8], [0.1, 1])),
     *((stats.holm, [v], HOLM) for v in ([0.2, 1.2], [-0.1], [nan], [[0.1]])),
     *((stats.non_inferiority, [None, v, True], "margin must be a positive") for v in (0, -1, nan)),
-    (stats.type_one_error, [1, 0], "needs n_seeds >= 2, got 1"),
-    (stats.verdict, [stats.crossed_bootstrap(GOOD)], "not a bootstrap"),
+    (simulation.type_one_error, [1, 0], "needs n_seeds >= 2, got 1"),
+    (stats.verdict, [simulation.crossed_bootstrap(GOOD)], "not a bootstrap"),
     *((stats.confirmatory_interval, [v], message) for v, message in BAD_TABLES),
-    *((stats.crossed_bootstrap, [v], message) for v, message in BAD_TABLES),
+    *((simulation.crossed_bootstrap, [v], message) for v, message in BAD_TABLES),
 ]
 
 
@@ -325,19 +347,27 @@ def test_bad_input_is_refused_in_one_clear_line(call, arguments, message):
 
 def test_a_verdict_says_when_an_effect_goes_against_the_claim_or_fails_the_correction():
     up = stats.seed_interval([0.1, 0.11, 0.12])
-    assert stats.verdict(up, claimed=1) == "detected"
-    assert stats.verdict(up, claimed=-1) == "detected, opposite to the claim"
-    assert stats.verdict(up, claimed=1, adjusted_p=0.049) == "detected"
-    assert stats.verdict(up, adjusted_p=0.05) == "not detected after correction (p = 0.05)"
-    wide = stats.seed_interval([-0.1, 0.1, 0.12])
-    assert stats.verdict(wide, claimed=-1).startswith("not detected (could have seen ≥ ")
+    assert stats.verdict(up, claimed=1).outcome == "detected"
+    against = stats.verdict(up, claimed=-1)
+    assert against.outcome == "opposite" and against.detected
+    assert str(against) == "detected, opposite to the claim"
+    assert stats.verdict(up, claimed=1, adjusted_p=0.049).outcome == "detected"
+    corrected = stats.verdict(up, adjusted_p=0.05)
+    assert corrected.outcome == "not_detected" and corrected.taken_back
+    assert str(corrected) == "not detected after correction (p = 0.05)"
+    wide = stats.verdict(stats.seed_interval([-0.1, 0.1, 0.12]), claimed=-1, adjusted_p=0.5)
+    assert wide.outcome == "not_detected" and not wide.taken_back
+    assert str(wide).startswith("not detected (could have seen ≥ ")
 
 
 def test_no_worse_is_said_only_within_the_margin():
     near = stats.Interval(-0.01, -0.03, 0.01, 0.01, 9, 10, 50, 0.03)
     words = "not detected (could have seen ≥ 0.03 nats)"
-    assert stats.verdict(near, unit="nats") == words
-    assert stats.verdict(near, unit="nats", margin=0.05) == f"{words}; worse by less than 0.05 nats"
-    narrow = stats.verdict(near, unit="nats", margin=0.02)
-    assert narrow == f"{words}; not shown to be worse by less than 0.02 nats"
-    assert stats.verdict(None, margin=0.02) == "not testable here"
+    without, wide, narrow = (stats.verdict(near, unit="nats", margin=m) for m in (None, 0.05, 0.02))
+    assert (without.held, wide.held, narrow.held) == (None, True, False)
+    assert str(without) == words
+    assert str(wide) == f"{words}; worse by less than 0.05 nats"
+    assert str(narrow) == f"{words}; not shown to be worse by less than 0.02 nats"
+    assert str(stats.verdict(None, margin=0.02)) == "not testable here"
+    worse = dataclasses.replace(near, ci_high=-0.001)
+    assert stats.verdict(worse, margin=0.05).outcome == "opposite"

@@ -18,7 +18,7 @@ from neft_utils.base.paths import BASE, PROFILES, Paths
 from neft_utils.base.profiles import Arm, Model
 from neft_utils.base.read_profile import load_profile
 from neft_utils.base.strict import ConfigError
-from neft_utils.compare.runs import caveats, load_runs
+from neft_utils.compare.runs import Engines, caveats, load_runs
 from neft_utils.data.sources import read_jsonl
 from neft_utils.evaluate.generate import answer, first_turn, stop_ids
 from neft_utils.evaluate.vllm import engine, locate
@@ -117,8 +117,7 @@ def test_stored_answers_take_the_place_of_generated_ones(trained, arm):
         assert scores["provenance"]["answer_engine"] == "vllm 0"
         assert read_jsonl(run / "generations.jsonl") == before
         runs = load_runs(trained.paths.results / "runs")
-        notes = " ".join(caveats(trained.profile, runs))
-        assert "Answers of different engines (transformers, vllm 0)" in notes
+        assert Engines(("transformers", "vllm 0")) in caveats(trained.profile, runs)
     finally:
         path.unlink()
         trained.score(arm)

@@ -1,7 +1,7 @@
 """Expected values beside ours, and the README's blocks, which are all made from files."""
 
+import functools
 import json
-import re
 import shutil
 
 import pandas as pd
@@ -9,9 +9,8 @@ import pytest
 
 from neft_utils.base.files import ROOT
 from neft_utils.base.paths import BASE, REFERENCE, Paths
-from neft_utils.base.read_profile import load_profile
 from neft_utils.base.strict import ConfigError
-from neft_utils.compare import claims, expected, published
+from neft_utils.compare import claims, expected, facts
 from neft_utils.compare.runs import load_runs, open_results
 from neft_utils.compare.tables import side_by_side
 from neft_utils.make import readme
@@ -104,47 +103,48 @@ def test_answers_side_by_side():
 
 
 def test_every_block_of_the_readme_is_what_the_files_say():
-    found = list(readme.BLOCK.finditer(README))
+    found, stored = list(readme.BLOCK.finditer(README)), functools.cache(readme.stored_results)
     assert {match[2] for match in found} == set(readme.BLOCKS)
     assert README.count("<!-- /") == len(found)  # none is left open or misspelt
     for match in found:
-        assert match[4] == readme.BLOCKS[match[2]](readme._reference(match[3])), match[2]
+        assert match[4] == readme.BLOCKS[match[2]](stored(match[3])), match[2]
 
 
-def kept_dose(folder):
-    profile, runs = load_profile(folder.name), load_runs(folder / "runs")
-    found = claims.dose(runs, pd.read_csv(folder / "tables/by_seed.csv"), profile)
+def kept_dose(name):
+    kept = readme.stored_results(name)
+    found = claims.dose(kept.runs, kept.seeds, kept.profile)
     return found.groupby("arm")[["train_nll", "test_nll"]].mean()
 
 
 def test_what_the_readme_says_in_words_is_what_the_numbers_say():
     """More rows: same sign, smaller. A packed row's α = 45 does what a sequence's 10 does."""
-    rows, more = (kept_dose(ROOT / REFERENCE / name) for name in ("cpu-long", "gpu-small"))
+    rows, more = map(kept_dose, ("cpu-long", "gpu-small"))
     assert "has the same sign and is smaller" in README
     assert 0 < more.test_nll["neft_a15"] < rows.test_nll["neft_a15"]
     assert "α = 45 over a packed row does what α = 10 does over each\nsequence" in README
-    packed = kept_dose(readme._reference("gpu-ablations")).loc["packed_a45"]
+    packed = kept_dose("gpu-ablations").loc["packed_a45"]
     for metric in ("train_nll", "test_nll"):
         assert abs(packed[metric] - more[metric]["neft_a10"]) < 2e-4 < more[metric]["neft_a30"]
 
 
 def test_a_stale_block_is_written_anew(monkeypatch, tmp_path):
-    readme = tmp_path / "README.md"
-    monkeypatch.setattr(readme, "README", readme)
-    readme.write_text(re.sub(r"29\.79", "99.99", README), "utf-8")
-    assert "99.99" in readme.read_text("utf-8")
-    assert readme.update_readme() and readme.read_text("utf-8") == README
+    stale = tmp_path / "README.md"
+    monkeypatch.setattr(readme, "README", stale)
+    block = next(m[0] for m in readme.BLOCK.finditer(README) if m[2] == "headline")
+    stale.write_text(block.replace("29.79", "99.99"), "utf-8")
+    assert "99.99" in stale.read_text("utf-8")
+    assert readme.update_readme() and stale.read_text("utf-8") == block
     assert not readme.update_readme()
 
 
 def test_the_headline_has_the_papers_the_leaderboards_and_our_numbers():
     match = next(m for m in readme.BLOCK.finditer(README) if m[2] == "headline")
     rows = [line.split("|")[1:-1] for line in match[4].splitlines()[4:]]
-    paper = published.paper_results().query("table == '1/7' and train_data == 'Alpaca'").value
+    paper = facts.paper_results().query("table == '1/7' and train_data == 'Alpaca'").value
     assert [float(cell.split()[0]) for cell in rows[0][1:]] == pytest.approx(
         [*paper, paper.iloc[1] - paper.iloc[0]]
     )
-    board = published.leaderboard_rows().query("leaderboard == 'AlpacaEval 1'").set_index("model")
+    board = facts.leaderboard_rows().query("leaderboard == 'AlpacaEval 1'").set_index("model")
     for row, column in ((rows[2], "win_rate"), (rows[3], "length_controlled_win_rate")):
         sides = board.loc[["alpaca-7b", "alpaca-7b-neft"], column]
         shown = [float(cell.split()[0]) for cell in row[1:3]]
@@ -152,7 +152,7 @@ def test_the_headline_has_the_papers_the_leaderboards_and_our_numbers():
     losses = [
         pd.read_csv(path).query("split == 'test'").nll.mean()
         for arm in ("baseline", "neft_a15")
-        for path in [(readme._reference(match[3]) / "runs").glob(f"{arm}-s*/losses.csv")]
+        for path in [(readme.stored_results(match[3]).folder / "runs").glob(f"{arm}-s*/losses.csv")]
         for path in path
     ]
     half = len(losses) // 2
@@ -175,7 +175,7 @@ def test_without_own_results_the_evidence_is_read(tmp_path, capsys):
 
 def test_a_run_of_an_older_version_is_named(tmp_path):
     run = tmp_path / "runs" / "baseline-s0"
-    shutil.copytree(readme._reference("cpu") / "runs" / "baseline-s0", run)
+    shutil.copytree(ROOT / REFERENCE / "cpu" / "runs" / "baseline-s0", run)
     (run / "stopping.csv").unlink()
     with pytest.raises(ConfigError, match="^run baseline-s0 has no stopping: .*make reproduce$"):
         load_runs(tmp_path / "runs")

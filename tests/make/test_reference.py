@@ -12,6 +12,7 @@ from neft_utils.base.files import ROOT
 from neft_utils.base.paths import BASE, Paths
 from neft_utils.base.read_profile import load_profile
 from neft_utils.compare import claims, stats
+from neft_utils.compare.results import Results
 from neft_utils.compare.runs import load_runs, missing_runs
 
 STORED = sorted((ROOT / "results" / "reference").glob("*/claims.json"))
@@ -95,16 +96,26 @@ def test_the_main_table_again_with_pandas_alone(kept):
     assert checked >= 4 * len(found)
 
 
-def test_the_ledger_has_every_claim_with_a_verdict(kept):
-    profile, folder = kept
+def test_the_stored_ledger_is_what_the_per_item_files_say(kept):
+    _, folder = kept
     rows = json.loads((folder / "claims.json").read_text("utf-8"))
     assert [row["id"] for row in rows] == list(claims.CLAIMS)
-    words = ("detected", "not detected", "not testable here")
-    for row in rows:
-        assert row["verdict"].startswith(words), row["id"]
-        if row["ci_low"] is None:
-            assert row["verdict"].startswith("not testable here"), row["id"]
-            assert row["verdict"] == "not testable here" or "see profile" in row["verdict"]
+    for row, found in zip(rows, Results(folder).ledger.values(), strict=True):
+        again = found.as_json()
+        for name in ("contrast", "metric", "unit", "verdict"):
+            assert again[name] == row[name], (row["id"], name)
+        for name in ("estimate", "ci_low", "ci_high", "detectable"):
+            both = [math.nan if one[name] is None else one[name] for one in (again, row)]
+            assert both[0] == pytest.approx(both[1], abs=1e-12, nan_ok=True), (row["id"], name)
+        assert (row["ci_low"] is None) == (found.verdict.outcome == "not_testable"), row["id"]
+
+
+def test_stored_tables_say_what_their_runs_are(kept):
+    _, folder = kept
+    notes = Results(folder).caveats
+    for name in ("main.md", "claims.md"):
+        text = (folder / "tables" / name).read_text("utf-8")
+        assert all(f"\n{note}\n" in text for note in notes), name
 
 
 def test_the_confirmatory_claim_follows_from_per_item_files(kept):
@@ -126,7 +137,7 @@ def test_the_confirmatory_claim_follows_from_per_item_files(kept):
             assert claim[end] is None
         else:
             assert claim[end] == pytest.approx(getattr(interval, end), abs=1e-12)
-    assert claim["verdict"] == stats.verdict(interval, unit="nats/token", claimed=-1)
+    assert claim["verdict"] == str(stats.verdict(interval, unit="nats/token", claimed=-1))
 
 
 def test_noise_was_what_the_profile_says(stored):
@@ -249,8 +260,4 @@ def test_partial_results_are_clean_and_say_what_is_missing(partial):
     assert missing and len(runs) + len(missing) == len(profile.runs()) + 1
     assert len({run["provenance"]["commit"] for run in runs.values()}) == 1
     assert not any(run["provenance"]["dirty"] for run in runs.values())
-    for name in ("main.md", "claims.md"):
-        text = (folder / "tables" / name).read_text("utf-8")
-        there = [f"{arm}-s{seed}" for arm, seed in runs]
-        assert "Not complete" in text, name
-        assert any(all(run in text for run in listed) for listed in (missing, there)), name
+    assert Results(folder).caveats[0].missing == tuple(missing)

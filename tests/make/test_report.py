@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+import itertools
 import json
 import re
 import shutil
@@ -10,8 +11,10 @@ import urllib.parse
 from html.parser import HTMLParser
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
+from neft_utils.evaluate.tasks import ITEM_COLUMNS
 
 from neft_utils.base.files import ROOT
 from neft_utils.base.paths import NOTEBOOKS, REFERENCE, STEPS, Paths
@@ -124,6 +127,25 @@ def claim(**changes):
     return row | changes
 
 
+def write_run(folder, arm, seed, text):
+    """A run of a few test rows as notebooks 3 and 4 leave it, on a device called `text`."""
+    run = folder / "runs" / f"{arm}-s{seed}"
+    run.mkdir(parents=True)
+    for name, columns in ITEM_COLUMNS.items():
+        pd.DataFrame(columns=columns).to_csv(run / name, index=False)
+    rows = pd.DataFrame({"split": "test", "example_id": list("abcd"), "n_tokens": 5})
+    rows["nll"] = 1.5 + np.random.default_rng(seed).random(4) + 0.1 * seed * (arm != "baseline")
+    rows.to_csv(run / "losses.csv", index=False)
+    (run / "generations.jsonl").write_text("")
+    pd.DataFrame({"validation_nll": [2.0, 1.9]}).to_csv(run / "train_log.csv", index=False)
+    about = {"commit": "0123456789abcdef", "dirty": True, "device": text, "seconds": 20}
+    about |= {"arm": arm, "seed": seed, "threads": 1, "peak_memory_gb": 2.5, "train_seconds": 9}
+    about |= {"python": "3.11.1", "versions": {}}
+    (run / "provenance.json").write_text(json.dumps(about))
+    scored = {**about, "seconds": 10, "phase_seconds": {"answers": 0}}
+    (run / "scores.json").write_text(json.dumps({"provenance": scored}))
+
+
 def write_results(folder, text="plain words"):
     """Small results with `text` wherever somebody else's words can come in."""
     arms = load_profile("smoke").confirmatory
@@ -153,27 +175,14 @@ def write_results(folder, text="plain words"):
                 code(shown("image/svg+xml", f"<svg>{text}</svg>")),
                 code({"output_type": "error", "ename": text, "evalue": "", "traceback": [text]}),
             )
-    ids = ("less_overfitting", "longer_answers", "beyond_length", "few_lines")
-    asked = [claim(id=name, verdict=text) for name in (*ids, "training_cost", "inference_cost")]
-    (folder / "claims.json").write_text(
-        json.dumps(
-            [
-                claim(),
-                *asked,
-                claim(id="x", **dict.fromkeys(("claim", "note", "estimate"), text)),
-            ]
-        )
-    )
+    everywhere = ("claim", "note", "estimate", "verdict", "contrast", "paper")
+    rows = [claim(), claim(id="x", **dict.fromkeys(everywhere, text))]
+    (folder / "claims.json").write_text(json.dumps(rows))
     (folder / "tables").mkdir()
-    (folder / "tables" / "claims.md").write_text(f"| claim |\n|---|\n\n{text}\n")
     (folder / "published").mkdir()
     arm, nll, seeds = ["plain", "noisy", text], [1.5, 1.4, 2.25], [2, 2, 1]
-    one = {"treatment": "noisy", "metric": "test_nll", "n_seeds": 2, "n_examples": 8}
     for name, table in {
         "tables/main": {"arm": arm, "test_nll": nll, "n_seeds": seeds},
-        "tables/by_seed": {"arm": arm[:2] * 2, "seed": [0, 0, 1, 1], "test_nll": nll + [1.5]},
-        "tables/contrasts": {key: [value] for key, value in one.items()},
-        "tables/plan": {"n_seeds": [3, 5, 10], "detectable": [0.3, 0.2, 0.1]},
         "tables/type_one_error": {"confirmatory": [0.05], "crossed_bootstrap": [0.25]},
         "published/views": {
             **{"view": [text], "kind": ["raw"], "n": [803]},
@@ -181,18 +190,14 @@ def write_results(folder, text="plain words"):
         },
     }.items():
         pd.DataFrame(table).to_csv(folder / f"{name}.csv", index=False)
-    run = folder / "runs" / "plain-s0"
-    run.mkdir(parents=True)
-    about = {"commit": "0123456789abcdef", "dirty": True, "device": text, "seconds": 90}
-    about |= {"arm": "plain", "threads": 1, "peak_memory_gb": 2.5}
-    (run / "provenance.json").write_text(json.dumps(about))
-    (run / "scores.json").write_text(json.dumps({"provenance": {**about, "seconds": 30}}))
+    for arm, seed in itertools.product((arms.control, arms.treatment), (0, 1)):
+        write_run(folder, arm, seed, text)
     plots.save(plt.figure(figsize=(1, 1)), folder / "figures", "05_confirmatory", text)
     plots.save(plt.figure(figsize=(1, 1)), folder / "figures", "02_other", text)
 
 
 def build(tmp_path, **changes):
-    profile = dataclasses.replace(load_profile("smoke"), **changes)
+    profile = dataclasses.replace(load_profile("smoke"), **{"seeds": (0, 1), **changes})
     lines = []
     return report(profile, Paths(profile.name, str(tmp_path)), lines.append), lines
 
@@ -260,6 +265,17 @@ def test_missing_pieces_are_said(tmp_path, results):
     shutil.rmtree(results / "notebooks")
     (results / "claims.json").write_text("[]")
     assert "No executed notebooks here" in check(build(tmp_path)[0]).text()
+
+
+def test_runs_without_a_pair_are_no_verdict(tmp_path, results):
+    write_results(results)
+    for run in results.glob(f"runs/{load_profile('smoke').confirmatory.treatment}-s*"):
+        shutil.rmtree(run)
+    text = check(build(tmp_path)[0]).text()
+    assert "readable answer" not in text and "0 seed pairs; loss on test rows" in text
+    assert "Not complete: 2 of 5 runs are there, baseline-s0, baseline-s1." in text
+    shutil.rmtree(results / "runs")
+    assert "No finished run here: run make reproduce" in check(build(tmp_path)[0]).text()
 
 
 def test_names_are_not_read_as_markdown(tmp_path, results):

@@ -16,7 +16,7 @@ def test_smoke_chain_then_every_notebook_by_hand(tmp_path, monkeypatch):
     assert done.returncode == 0, done.stdout + done.stderr
     claims = json.loads((folder / "results/local/smoke/claims.json").read_text("utf-8"))
     assert claims[0]["id"] == "confirmatory" and claims[0]["estimate"] is not None
-    assert claims[0]["verdict"].startswith("not testable here")  # one seed
+    assert claims[0]["outcome"] == "not_testable"  # one seed
     noise = json.loads(
         (folder / "results/local/smoke/runs/neft_a15-s0/noise.json").read_text("utf-8")
     )
