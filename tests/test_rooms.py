@@ -113,7 +113,11 @@ def quiet(*files):
     """What importing these files changes, in a process of its own."""
     lines = "".join(f"{dotted(path)}: {of_others(path)}\n" for path in files)
     done = subprocess.run(
-        [sys.executable, "-c", QUIET], input=lines, capture_output=True, text=True, cwd=PACKAGE.parent
+        [sys.executable, "-c", QUIET],
+        input=lines,
+        capture_output=True,
+        text=True,
+        cwd=PACKAGE.parent,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
