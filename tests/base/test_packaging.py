@@ -57,6 +57,9 @@ def test_an_install_asks_only_for_what_noise_and_stats_import():
     assert set(bounds) == wanted - set(sys.stdlib_module_names)
     for name, floor in bounds.items():
         assert floor < numbers(pins.pins()[name])
+    said = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    lines = (line.replace(">=", " ") for line in PROJECT["dependencies"])
+    assert f"Python {PROJECT['requires-python'][2:]}, {', '.join(lines)}, or newer" in said
 
 
 def test_the_lab_starts_at_the_pins_minor_versions():
