@@ -11,7 +11,7 @@ help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
 .venv/installed: requirements.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "error: this repository is pinned for Python 3.11, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.11 ...")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "error: the reproduction is pinned for Python 3.11, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.11 ...")'
 	@test -d .venv || $(PYTHON) -m venv .venv
 	@command -v nvidia-smi > /dev/null || test -n "$$PIP_FIND_LINKS$$PIP_EXTRA_INDEX_URL$$PIP_INDEX_URL" || echo "no GPU here: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu picks the small CPU build of torch"
 	@echo "installing the pinned packages into .venv (minutes)"
@@ -59,7 +59,7 @@ test-all: env  ## also what is slow or needs a GPU, Slurm, vLLM or the network
 	@$(BIN)/python -m pytest -m ""
 
 test-faults: env  ## kill the nano chain at twenty points, fill its disk, interrupt it (half an hour)
-	@$(BIN)/python -m pytest tests/test_faults.py -m "faults or not faults" -p no:cacheprovider
+	@$(BIN)/python -m pytest tests/make/test_faults.py -m "faults or not faults" -p no:cacheprovider
 
 test-slurm: env  ## run the nano chain on a one-node Slurm, started here (Debian: slurmctld slurmd munge)
 	@$(BIN)/python -m pytest -m slurm

@@ -1,12 +1,10 @@
 """NEFTune, measured: noisy embeddings for instruction fine-tuning, and tools to check them.
 
 The names below are meant for reuse; each is imported when it is first asked for, so that
-`import neft_utils` costs nothing.
+`import neft_utils` costs nothing and changes nothing.
 """
 
 import importlib
-import logging
-import warnings
 
 _HOME = {
     "noise_scale": "noise",
@@ -14,25 +12,33 @@ _HOME = {
     "NEFTuneCallback": "noise",
     "EmbeddingNoise": "noise",
     "suggest_noise_alpha": "noise",
+    "confirmatory_interval": "compare.stats",
+    "seed_interval": "compare.stats",
+    "planned_effects": "compare.planning",
+    "verdict": "compare.stats",
+}
+_LAB = {
     "load_profile": "base.read_profile",
     "load_base": "train.base_models",
     "load_tokenizer": "train.base_models",
     "response_nll": "train.losses",
     "answer": "evaluate.generate",
-    "confirmatory_interval": "compare.stats",
-    "verdict": "compare.stats",
 }
+_HOME |= _LAB
 __all__ = list(_HOME)
-
-# Two messages that no reader can use: progress bars are off, and so is a kernel hub.
-warnings.filterwarnings("ignore", message="IProgress not found")
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def __getattr__(name):
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    try:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    except ImportError as error:
+        if name not in _LAB:
+            raise
+        raise ImportError(
+            f"{__name__}.{name} needs the lab extra: pip install 'neft_utils[lab]' ({error})"
+        ) from None
 
 
 def __dir__():

@@ -1,6 +1,9 @@
 """The package is rooms in a row: each imports those before it, never those behind."""
 
 import ast
+import importlib.util
+import subprocess
+import sys
 
 import pytest
 
@@ -49,16 +52,79 @@ def test_files_are_short_enough_to_read_at_once():
     assert not long
 
 
+# What others' packages change when they are imported is their own affair, so those come first. A
+# line of what it prints is a module of ours that cannot be imported here, or changes something.
 QUIET = """
-import logging, sys, warnings
-before = list(warnings.filters), logging.getLogger("bitsandbytes").level
-import importlib, neft_utils
-for name in sys.argv[1:]:
+import importlib, logging, os, sys, warnings
+
+def state():
+    loggers = {"": logging.root, **logging.root.manager.loggerDict}
+    levels = {name: level for name in loggers if (level := getattr(loggers[name], "level", 0))}
+    found = {"filters": list(warnings.filters), "levels": levels, "environ": dict(os.environ)}
+    found["handlers"] = list(logging.root.handlers)
+    if "transformers" in sys.modules:
+        import huggingface_hub.utils, transformers
+        found["bars"] = transformers.utils.logging.is_progress_bar_enabled()
+        found["hub's bars"] = huggingface_hub.utils.are_progress_bars_disabled()
+        found["verbosity"] = transformers.utils.logging.get_verbosity()
+        found["attentions"] = set(transformers.AttentionInterface().valid_keys())
+        found["masks"] = set(transformers.AttentionMaskInterface().valid_keys())
+    if "datasets" in sys.modules:
+        found["datasets' bars"] = sys.modules["datasets"].are_progress_bars_disabled()
+    return found
+
+def change(name):
+    before = state()
     importlib.import_module(name)
-assert (list(warnings.filters), logging.getLogger("bitsandbytes").level) == before
-if "transformers" in sys.modules:
-    from transformers import AttentionInterface
-    from transformers.utils import logging as bars
-    assert bars.is_progress_bar_enabled(), "progress bars are off"
-    assert "per_document" not in AttentionInterface().valid_keys(), "an attention is registered"
+    after = state()
+    for what in before:
+        if before[what] != after[what]:
+            print(name, "changes", what)
+
+ours = []
+change("neft_utils")
+for line in sys.stdin:
+    name, _, imports = line.rstrip().partition(": ")
+    try:
+        exec(imports)
+        ours.append(name)
+    except ModuleNotFoundError as error:
+        print(name, "needs", error.name)
+state()  # imports by itself
+for name in ours:
+    change(name)
+assert "transformers" in sys.modules and "datasets" in sys.modules
 """
+
+
+def of_others(path):
+    """A file's imports of others' packages when it is itself imported, as one line of code."""
+    nodes = ast.parse(path.read_text("utf-8")).body
+    plain = [n for n in nodes if isinstance(n, ast.Import | ast.ImportFrom)]
+    lines = [ast.unparse(n) for n in plain if getattr(n, "module", "") != "__future__"]
+    return "; ".join(line for line in lines if "neft_utils" not in line) or "pass"
+
+
+def dotted(path):
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+
+
+def quiet(*files):
+    """What importing these files changes, in a process of its own."""
+    lines = "".join(f"{dotted(path)}: {of_others(path)}\n" for path in files)
+    done = subprocess.run(
+        [sys.executable, "-c", QUIET],
+        input=lines,
+        capture_output=True,
+        text=True,
+        cwd=PACKAGE.parent,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_importing_the_package_changes_nothing_of_others():
+    files = [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
+    has_vllm = importlib.util.find_spec("vllm") is not None
+    expected = [] if has_vllm else ["neft_utils.evaluate.vllm.worker needs vllm"]
+    assert quiet(*sorted(files)) == expected

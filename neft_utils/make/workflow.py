@@ -25,6 +25,9 @@ from neft_utils.make.preflight import cores, gpus, memory_gb
 # oneDNN keeps the code that it made for every shape of matrix it met, 1,024 by default; rows of
 # a new length bring two dozen shapes of 0.6 MB, which fill gigabytes within a run.
 ONEDNN = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
+# On some processors bitsandbytes says at import that it found no kernel hub: no reader needs one.
+_ERRORS_ONLY = "__import__('logging').getLogger('bitsandbytes').setLevel('ERROR')"
+QUIET = {"extra_arguments": [f"--IPKernelApp.exec_lines={_ERRORS_ONLY}"]}
 
 
 def one_line(error):
@@ -116,6 +119,7 @@ def execute(profile, reference, paths, step, arm=None, seed=None):
     os.environ["PYTHONWARNINGS"] = (
         "ignore:IProgress not found,ignore:`is_gradient_checkpointing` is deprecated"
     )
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # else a bar of every tensor that is loaded
     source, target = NOTEBOOKS / f"{STEPS[step]}.ipynb", paths.notebook(step, arm, seed)
     parameters = {"PROFILE": reference, "ARM": arm, "SEED": seed, "OUT": paths.out}
     parameters = {name: value for name, value in parameters.items() if value is not None}
@@ -144,7 +148,7 @@ def execute(profile, reference, paths, step, arm=None, seed=None):
                 parameters,
                 cwd=str(NOTEBOOKS),
                 kernel_name="python3",
-                config=Config({"KernelManager": connection}),
+                config=Config({"KernelManager": connection, "NotebookClient": QUIET}),
                 progress_bar=False,
                 log_output=False,
             )

@@ -12,7 +12,7 @@ from neft_utils.base.paths import PACKAGE
 
 ASK = """
 import json, sys
-from neft_utils import hub
+from neft_utils.base import hub
 out = []
 for name, revision, kind in json.load(sys.stdin):
     try:
