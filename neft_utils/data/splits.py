@@ -40,8 +40,11 @@ class Funnel:
         self.rows, self.steps = rows, [{"step": step, "rows": len(rows)}]
 
     def keep(self, step, test):
-        """Keep the rows for which test(row) is true. Raises DataError if none is left."""
-        self.rows = [row for row in self.rows if test(row)]
+        """Keep the rows for which test(row) is true; returns how many were dropped.
+
+        Raises DataError if none is left.
+        """
+        before, self.rows = len(self.rows), [row for row in self.rows if test(row)]
         self.steps.append({"step": step, "rows": len(self.rows)})
         if not self.rows:
             counts = [step["rows"] for step in self.steps]
@@ -51,6 +54,7 @@ class Funnel:
                 f"no row of {counts[0]} is left after the filters; most, {lost}, fell to"
                 f" {name!r}: give other rows or change data.max_tokens in the profile"
             )
+        return before - len(self.rows)
 
 
 def text_filters(config):
