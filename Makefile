@@ -3,7 +3,7 @@ PROFILE ?=
 PYTHON ?= python3
 BIN := .venv/bin
 NEFT := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m neft_utils
-WITH := $(if $(PROFILE),--profile $(PROFILE))
+WITH := $(if $(PROFILE),--profile '$(subst ','\'',$(PROFILE))')
 .DEFAULT_GOAL := help
 .PHONY: help env plan check smoke reproduce figures compare bench bench-gpu promote report test test-slurm test-faults test-all lint strip clean
 

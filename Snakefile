@@ -1,20 +1,22 @@
 # The steps of a profile as a graph; `make reproduce` calls it, nothing else schedules.
+# What the steps are, read and write is declared in neft_utils.base.steps.
 # A step is redone when its inputs or its `key` change: see neft_utils.base.keys.step_key.
+import shlex
+from urllib.parse import unquote
+
+from neft_utils.base import steps
+from neft_utils.base.files import sha256_file
+from neft_utils.base.keys import step_key
 from neft_utils.base.paths import BASE, Paths
 from neft_utils.base.read_profile import load_profile
 from neft_utils.evaluate.vllm.locate import WORKER, vllm_python
-from neft_utils.base.keys import step_key
-from neft_utils.base.files import sha256_file
 
-PROFILE = load_profile(config["profile"])
-PATHS = Paths(PROFILE.name, config["out"])
-R, P = str(PATHS.results), str(PATHS.processed)
+NAMED, OUT = (unquote(str(config[key])) for key in ("profile", "out"))
+PROFILE = load_profile(NAMED)
+PATHS = Paths(PROFILE.name, OUT)
 RUNS = PROFILE.runs()
-SPLITS = ["pool", "validation", "test", "ood", *(f"train-s{s}" for s in PROFILE.all_seeds())]
-DATA = [f"{P}/{name}.jsonl" for name in SPLITS]
-SCORES = [str(PATHS.run(arm, seed) / "scores.json") for arm, seed in [(BASE, 0), *RUNS]]
-ITEMS = ["losses.csv", "generations.jsonl", "task_items.csv", "perturbed_losses.csv",
-         "stopping.csv", "preferences.csv", "scores.json"]
+MODELS = [(BASE, 0), *RUNS]
+PREPARE, FINETUNE, EVALUATE = (steps.step(number) for number in (1, 3, 4))
 MEMORY = int(PROFILE.memory_gb * 1000)
 # Of steps that load no model of the profile. Each asks, or Slurm lends a whole node's memory.
 LIGHT = min(MEMORY, 4000)
@@ -24,17 +26,29 @@ THREADS = int(config.get("threads", 1))  # of a job; neft_utils.make.workflow sa
 VLLM = PROFILE.asked_runs() if vllm_python(PROFILE) else []
 
 
-def command(step, run=""):
-    return (
-        f"python -m neft_utils notebook {step} --profile {config['profile']!r}"
-        f" --out {config['out']!r} {run}"
-    )
+def files(names, runs=RUNS):
+    return steps.expand(names, PROFILE, PATHS, runs)
 
 
-def key(step):
+def of_a_run(names):
+    """Files of whatever run the wildcards name."""
+    return steps.expand(names, PROFILE, PATHS)
+
+
+def executed(step, *run):
+    return str(PATHS.notebook(step.number, *run))
+
+
+def neft(name, *words):
+    """A command of ours. What people name is quoted for the shell, braces for Snakemake."""
+    named = shlex.join(["--profile", NAMED, "--out", OUT]).replace("{", "{{").replace("}", "}}")
+    return " ".join(["python -m neft_utils", name, *words, named])
+
+
+def key(number):
     def of(wildcards):
         seed = wildcards.get("seed")
-        return step_key(PROFILE, step, wildcards.get("arm"), None if seed is None else int(seed))
+        return step_key(PROFILE, number, wildcards.get("arm"), None if seed is None else int(seed))
 
     return of
 
@@ -53,54 +67,39 @@ def stored(arm, seed):
     return [str(PATHS.stored_answers(arm, seed))] if (arm, seed) in VLLM else []
 
 
+DATA = [name for name in files(PREPARE.writes) if name.endswith(".jsonl")]
+RUN = "--arm {wildcards.arm} --seed {wildcards.seed}"
+
+
 wildcard_constraints:
-    arm="|".join([BASE, *PROFILE.arms]),
+    arm="|".join(PROFILE.arms),
     seed=r"\d+",
 
 
 rule all:
     input:
-        *SCORES,  # else a run whose folder is deleted would not be missed
-        f"{R}/claims.json",
-        f"{R}/notebooks/00_start_here.ipynb",
-        f"{R}/notebooks/02_noisy_embeddings.ipynb",
-        f"{R}/notebooks/07_reuse_in_your_notebook.ipynb",
-        f"{R}/notebooks/90_exercise_solutions.ipynb",
+        files([steps.SCORES], MODELS),  # else a run whose folder is deleted would not be missed
+        files([steps.CLAIMS]),
+        [executed(steps.step(number)) for number in steps.ends()],
 
 
-rule start:
-    output: f"{R}/notebooks/00_start_here.ipynb",
-    params: key=key(0),
-    resources: mem_mb=LIGHT,
-    shell: command(0)
-
-
-rule prepare:
-    output: *DATA, f"{P}/manifest.json", f"{R}/manifest.json", f"{R}/notebooks/01_prepare_data.ipynb",
-    params: key=key(1),
+rule:
+    name: PREPARE.rule
+    output: files(PREPARE.writes), executed(PREPARE),
+    params: key=key(PREPARE.number),
     resources: mem_mb=MEMORY,
-    shell: command(1)
+    shell: neft("notebook", str(PREPARE.number))
 
 
-rule noise:
-    input: f"{P}/manifest.json",
-    output: f"{R}/noise_check.json", f"{R}/notebooks/02_noisy_embeddings.ipynb",
-    params: key=key(2),
-    resources: mem_mb=MEMORY,
-    shell: command(2)
-
-
-rule finetune:
-    input: f"{P}/train-s{{seed}}.jsonl", f"{P}/validation.jsonl",
-    output:
-        *[f"{R}/runs/{{arm}}-s{{seed}}/{name}" for name in ("config.json", "train_log.csv",
-          "noise.json", PROFILE.weights, "provenance.json")],
-        f"{R}/notebooks/03_finetune_qlora__{{arm}}-s{{seed}}.ipynb",
-    params: key=key(3),
+rule:
+    name: FINETUNE.rule
+    input: of_a_run(FINETUNE.reads),
+    output: of_a_run(FINETUNE.writes), executed(FINETUNE, "{arm}", "{seed}"),
+    params: key=key(FINETUNE.number),
     resources: mem_mb=MEMORY, gpu=GPUS,
     threads: THREADS,
     priority: 1
-    shell: command(3, "--arm {wildcards.arm} --seed {wildcards.seed}")
+    shell: neft("notebook", str(FINETUNE.number), RUN)
 
 
 # The one step without a notebook: it only fills what notebook 4 reads. Alone on its machine, since
@@ -108,71 +107,46 @@ rule finetune:
 if VLLM:
 
     rule answer:
-        input: *[str(PATHS.run(*run) / PROFILE.weights) for run in VLLM if run[0] != BASE], *DATA,
-        output: *[str(PATHS.stored_answers(*run)) for run in VLLM],
+        input: files([steps.WEIGHTS], [run for run in VLLM if run[0] != BASE]), DATA,
+        output: [str(PATHS.stored_answers(*run)) for run in VLLM],
         params: key=[sha256_file(WORKER), *(step_key(PROFILE, 4, *run) for run in VLLM)],
         resources: mem_mb=MEMORY, gpu=GPUS,
         threads: int(config.get("whole", 1)),
-        shell:
-            f"python -m neft_utils answer --profile {config['profile']!r} --out {config['out']!r}"
+        shell: neft("answer")
 
 
-rule evaluate:
+rule:
+    name: EVALUATE.rule
     input:
-        f"{R}/runs/{{arm}}-s{{seed}}/{PROFILE.weights}", *DATA[1:4], control,
+        of_a_run(EVALUATE.reads), control,
         lambda wildcards: stored(wildcards.arm, int(wildcards.seed)),
-    output:
-        *[f"{R}/runs/{{arm}}-s{{seed}}/{name}" for name in ITEMS],
-        f"{R}/notebooks/04_evaluate__{{arm}}-s{{seed}}.ipynb",
-    params: key=key(4),
+    output: of_a_run(EVALUATE.writes), executed(EVALUATE, "{arm}", "{seed}"),
+    params: key=key(EVALUATE.number),
     resources: mem_mb=MEMORY, gpu=GPUS,
     threads: THREADS,
-    shell: command(4, "--arm {wildcards.arm} --seed {wildcards.seed}")
+    shell: neft("notebook", str(EVALUATE.number), RUN)
 
 
 # The untrained model has no adapter to wait for, and says itself what it is.
 rule evaluate_base:
-    input: *DATA, *stored(BASE, 0),
-    output:
-        *[f"{R}/runs/{BASE}-s0/{name}" for name in (*ITEMS, "config.json", "provenance.json")],
-        f"{R}/notebooks/04_evaluate__{BASE}-s0.ipynb",
-    params: key=step_key(PROFILE, 4, BASE, 0),
+    input: DATA, stored(BASE, 0),
+    output: files([*EVALUATE.writes, *steps.ABOUT], [(BASE, 0)]), executed(EVALUATE, BASE, 0),
+    params: key=step_key(PROFILE, EVALUATE.number, BASE, 0),
     resources: mem_mb=MEMORY, gpu=GPUS,
     threads: THREADS,
-    shell: command(4, f"--arm {BASE} --seed 0")
+    shell: neft("notebook", str(EVALUATE.number), f"--arm {BASE} --seed 0")
 
 
-ruleorder: evaluate_base > evaluate
+for step in steps.CHAIN:
+    if step not in (PREPARE, FINETUNE, EVALUATE):
 
-
-rule published:
-    output: f"{R}/published/leaderboard.csv", f"{R}/notebooks/06_published_results_revisited.ipynb",
-    params: key=key(6),
-    resources: mem_mb=LIGHT,
-    shell: command(6)
-
-
-rule compare:
-    input: *SCORES, f"{R}/published/leaderboard.csv",
-    output: f"{R}/claims.json", f"{R}/tables/main.csv", f"{R}/tables/main.md",
-        f"{R}/tables/claims.md",
-        f"{R}/notebooks/05_compare_and_plot.ipynb",
-    params: key=key(5),
-    resources: mem_mb=LIGHT,
-    shell: command(5)
-
-
-rule reuse:
-    input: f"{P}/manifest.json",  # not read: notebook 1 fetches the model, and two would at once
-    output: f"{R}/notebooks/07_reuse_in_your_notebook.ipynb",
-    params: key=key(7),
-    resources: mem_mb=MEMORY, gpu=GPUS,
-    shell: command(7)
-
-
-rule solutions:
-    input: f"{R}/claims.json", f"{R}/manifest.json",
-    output: f"{R}/notebooks/90_exercise_solutions.ipynb",
-    params: key=key(90),
-    resources: mem_mb=MEMORY,
-    shell: command(90)
+        rule:
+            name: step.rule
+            input: files(step.reads, MODELS),
+            output: files(step.writes), executed(step),
+            # The command is put together when the loop is over: the number goes through params.
+            params: key=key(step.number), number=step.number,
+            resources:
+                mem_mb=MEMORY if step.loads_model else LIGHT,
+                gpu=GPUS if step.trains else 0,
+            shell: neft("notebook", "{params.number}")

@@ -2,21 +2,31 @@
 
 import ast
 import importlib.util
+import json
 import subprocess
 import sys
 
 import pytest
 
-from neft_utils.base.paths import PACKAGE
+from neft_utils.base.paths import NOTEBOOKS, PACKAGE
 
 ROOMS = ("noise", "base", "data", "train", "evaluate", "compare", "make")
 # The package itself only says where names are, and hands `python -m neft_utils` to make.
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE)
 
 
+def code_of(path):
+    """Python of a module, or of a notebook's code cells."""
+    text = path.read_text("utf-8")
+    if path.suffix != ".ipynb":
+        return text
+    cells = json.loads(text)["cells"]
+    return "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+
+
 def imported(path):
     """Dotted names of this package that a file imports, wherever in it."""
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    for node in ast.walk(ast.parse(code_of(path))):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name} imports relatively"
             if node.module == "neft_utils":
@@ -41,6 +51,13 @@ def test_a_room_imports_only_rooms_before_it(path):
         room = name.split(".")[1]
         assert room in ROOMS, f"{name}: import it from the module that defines it"
         assert ROOMS.index(room) <= own, f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda p: p.stem)
+def test_nobody_imports_make(path):
+    """What `make` runs may change without a step being done again; notebooks start it."""
+    rooms = {name.split(".")[1] for name in imported(path)}
+    assert rooms and "make" not in rooms
 
 
 def test_noise_can_be_copied_out():

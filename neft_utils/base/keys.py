@@ -1,16 +1,18 @@
 """When a step is done again: the key of everything that its outcome depends on besides its inputs.
 
 Snakemake holds the key of a finished step against that of the code as it is. Prose, comments and
-docstrings do not count.
+docstrings do not count, nor does the declaration of the steps: where a box of the diagram stands
+redoes nothing, and what matters of it (`depends`) is in the key by its values.
 """
 
 import ast
 import dataclasses
+import functools
 import hashlib
 import json
 
 import neft_utils
-from neft_utils.base import paths, pins
+from neft_utils.base import paths, pins, steps
 
 # Pins whose version no result depends on: they draw, run and test.
 TOOLS = {
@@ -26,22 +28,26 @@ def step_key(profile, step, arm=None, seed=None):
     Code cells of its notebook, code of the package modules that they import (directly or
     not; comments and docstrings do not count), its part of the profile, and the pins.
     """
-    notebook = json.loads((paths.NOTEBOOKS / f"{paths.STEPS[step]}.ipynb").read_text("utf-8"))
+    declared = steps.step(step)
+    notebook = json.loads((paths.NOTEBOOKS / f"{declared.stem}.ipynb").read_text("utf-8"))
     cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
-    parts = {
-        1: (profile.model, profile.data, profile.all_seeds()),
-        2: (profile.model, profile.arms),
-        3: (profile.model, profile.train, profile.arms.get(arm), seed),
-        4: (profile.model, profile.evaluate, arm, profile.arms.get(arm), seed),
-    }.get(step, profile)
-    facts = sorted(paths.PACKAGE.glob("facts/*")) if step in (5, 6) else []
+    facts = sorted(paths.PACKAGE.glob("facts/*")) if declared.facts else []
     facts = [path.read_text("utf-8") for path in facts]
     versions = {name: version for name, version in pins.pins().items() if name not in TOOLS}
     wheels = (paths.PACKAGE.parent / "data" / "packages.txt").read_text("utf-8")
     wheels = [line.split("#")[0].strip() for line in wheels.splitlines()]
-    code = {name: _code_only(_file_of(name)) for name in _modules_used("\n".join(cells))}
-    text = json.dumps([cells, code, changes(parts), versions, wheels, *facts], sort_keys=True)
+    code = {name: _code_only(_text_of(name)) for name in _modules_used("\n".join(cells))}
+    parts = changes(_parts(declared, profile, arm, seed))
+    text = json.dumps([cells, code, parts, versions, wheels, *facts], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _parts(step, profile, arm, seed):
+    """What of the profile and the run the step's outcome depends on."""
+    known = {"arm": arm, "seed": seed, "change": profile.arms.get(arm)}
+    known["all_seeds"] = profile.all_seeds()
+    parts = [known[name] if name in known else getattr(profile, name) for name in step.depends]
+    return parts or profile
 
 
 def changes(value):
@@ -64,8 +70,13 @@ def _file_of(module):
     return paths.PACKAGE.joinpath(*module.split(".")).with_suffix(".py")
 
 
-def _code_only(path):
-    tree = ast.parse(path.read_text("utf-8"))
+def _text_of(module):
+    return _file_of(module).read_text("utf-8")
+
+
+@functools.cache
+def _code_only(text):
+    tree = ast.parse(text)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
             node
@@ -78,17 +89,22 @@ def _modules_used(code):
     """Modules of the package, dotted names below it, that code imports, directly or not."""
     found, queue = set(), [code]
     while queue:
-        for node in ast.walk(ast.parse(queue.pop())):
-            names = []
-            if isinstance(node, ast.ImportFrom) and node.module:
-                names = [node.module] + [f"{node.module}.{a.name}" for a in node.names]
-            elif isinstance(node, ast.Import):
-                names = [a.name for a in node.names]
-            for name in names:
-                module = name.removeprefix("neft_utils.")
-                if name != module:  # the package offers some names of its modules as its own
-                    module = neft_utils._HOME.get(module, module)
-                if name != module and _file_of(module).is_file() and module not in found:
-                    found.add(module)
-                    queue.append(_file_of(module).read_text("utf-8"))
+        for module in _imported(queue.pop()):
+            if module not in found and module != "base.steps" and _file_of(module).is_file():
+                found.add(module)
+                queue.append(_text_of(module))
     return sorted(found)
+
+
+@functools.cache
+def _imported(code):
+    """Names below the package that code imports, of modules and of what is in them."""
+    names = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
+        elif isinstance(node, ast.Import):
+            names += [a.name for a in node.names]
+    ours = [name.partition(".")[2] for name in names if name.startswith("neft_utils.")]
+    # The package offers some names of its modules as its own.
+    return [neft_utils._HOME.get(name, name) for name in ours]

@@ -1,24 +1,15 @@
-"""Where everything lies: the steps in order, and the folders of a profile."""
+"""Where everything lies: the notebooks, and the folders of a profile."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from neft_utils.base.files import ROOT
+from neft_utils.base.steps import CHAIN
 
 PACKAGE = Path(__file__).resolve().parents[1]
 NOTEBOOKS = PACKAGE.parent / "notebooks"
 PROFILES = NOTEBOOKS / "profiles"
-STEPS = {
-    0: "00_start_here",
-    1: "01_prepare_data",
-    2: "02_noisy_embeddings",
-    3: "03_finetune_qlora",
-    4: "04_evaluate",
-    5: "05_compare_and_plot",
-    6: "06_published_results_revisited",
-    7: "07_reuse_in_your_notebook",
-    90: "90_exercise_solutions",
-}
+STEPS = {step.number: step.stem for step in CHAIN}
 BASE = "base"  # the untrained model, evaluated as run base-s0
 REFERENCE = "results/reference"  # results that `make promote` put under version control
 

@@ -14,6 +14,8 @@ import numpy as np
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import MaxNLocator
 
+from neft_utils.base.steps import CHAIN
+
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 BASELINE, UNTRAINED = "#8C8C8C", "#BFBFBF"
 STYLE = {
@@ -139,23 +141,16 @@ def loss_spread(losses):
 
 # ---------------------------------------------------------------------------- the pipeline
 
-# Notebook -> (x, y of the box's middle, words). Below the way of the data, above what explains it.
-BOXES = {
-    0: (0.6, 0, "0 start"),
-    1: (1.9, 0, "1 data"),
-    2: (3.2, 1, "2 noise"),
-    3: (3.2, 0, "3 fine-tune"),
-    4: (4.5, 0, "4 evaluate"),
-    5: (5.8, 0, "5 compare"),
-    6: (5.8, 1, "6 published"),
-    7: (1.9, 1, "7 reuse"),
-}
-ARROWS = ((0, 1), (1, 3), (3, 4), (4, 5), (2, 3), (6, 5), (2, 7))
+# Below the way of the data, above what explains it: as the steps are declared.
+BOXES = {one.number: one for one in CHAIN if one.place}
+WORDS = {number: f"{number} {one.label}" for number, one in BOXES.items()}
+ARROWS = [(start, number) for number, one in BOXES.items() for start in one.after]
+PER_RUN = [number for number, one in BOXES.items() if one.per_run]
 WIDTH, HEIGHT = 1.06, 0.44
 HERE, BOX = COLOURS[0], "#F0F0F0"
 PIPELINE = (
-    "Notebooks: 0 start, 1 data, then 3 fine-tune and 4 evaluate once per arm and seed, then 5"
-    " compare; 2 noise explains 3 and leads to 7 reuse; 6 published results lead to 5."
+    f"Notebooks and where each leads: {', '.join(f'{WORDS[a]} to {WORDS[b]}' for a, b in ARROWS)};"
+    f" {' and '.join(WORDS[number] for number in PER_RUN)} once per arm and seed."
 )
 
 
@@ -166,14 +161,20 @@ def pipeline(here=None):
         axis = figure.add_axes((0, 0, 1, 1))
         axis.set(xlim=(0, 6.4), ylim=(-0.55, 1.35))
         axis.set_axis_off()
+        first, last = (BOXES[number].place[0] for number in (PER_RUN[0], PER_RUN[-1]))
         around = FancyBboxPatch(
-            (2.57, -0.5), 2.56, 0.86, boxstyle="round,pad=0,rounding_size=0.1", linestyle="--"
+            (first - WIDTH / 2 - 0.1, -0.5),
+            last - first + WIDTH + 0.2,
+            0.86,
+            boxstyle="round,pad=0,rounding_size=0.1",
+            linestyle="--",
         )
         around.set(facecolor="none", edgecolor=BASELINE)
         axis.add_patch(around)
-        axis.text(3.85, -0.43, "once per arm and seed", ha="center", fontsize=8, color="#555555")
+        middle = (first + last) / 2
+        axis.text(middle, -0.43, "once per arm and seed", ha="center", fontsize=8, color="#555555")
         for start, end in ARROWS:
-            (x, y, _), (to_x, to_y, _) = BOXES[start], BOXES[end]
+            (x, y), (to_x, to_y) = BOXES[start].place, BOXES[end].place
             right, up = (to_x > x) - (to_x < x), (to_y > y) - (to_y < y)
             axis.annotate(
                 "",
@@ -181,7 +182,7 @@ def pipeline(here=None):
                 (x + right * WIDTH / 2, y + up * HEIGHT / 2),
                 arrowprops={"arrowstyle": "-|>", "color": BASELINE, "shrinkA": 1, "shrinkB": 1},
             )
-        for number, (x, y, words) in BOXES.items():
+        for number, (x, y) in ((number, one.place) for number, one in BOXES.items()):
             box = FancyBboxPatch(
                 (x - WIDTH / 2, y - HEIGHT / 2),
                 WIDTH,
@@ -193,10 +194,10 @@ def pipeline(here=None):
             axis.add_patch(box)
             colour = "white" if number == here else "black"
             weight = "bold" if number == here else "normal"
-            axis.text(x, y, words, ha="center", va="center", color=colour, weight=weight)
+            axis.text(x, y, WORDS[number], ha="center", va="center", color=colour, weight=weight)
     return figure
 
 
 def you_are_here(number):
     """The pipeline with one notebook pointed out, as an image for the end of a cell."""
-    return shown(pipeline(number), f"{PIPELINE} You are here: {BOXES[number][2]}.")
+    return shown(pipeline(number), f"{PIPELINE} You are here: {WORDS[number]}.")

@@ -13,22 +13,16 @@ import shutil
 import sys
 from pathlib import Path
 
-from neft_utils.base.files import ROOT, atomic_write_text, read_json, write_json
+from neft_utils.base.files import ROOT, atomic_write_text, write_json
 from neft_utils.base.paths import NOTEBOOKS, REFERENCE, STEPS, Paths
 from neft_utils.base.read_profile import load_profile
+from neft_utils.base.steps import CHAIN, ordered
 from neft_utils.base.strict import ConfigError
 from neft_utils.make import preflight
-from neft_utils.make.workflow import (
-    check_engine,
-    estimate,
-    execute,
-    one_line,
-    run_all,
-    workers,
-    write_notebook,
-)
+from neft_utils.make.plan import show_plan, workers
+from neft_utils.make.workflow import check_engine, execute, one_line, run_all, write_notebook
 
-FIGURE_STEPS = (0, 2, 6, 5)
+FIGURE_STEPS = [step.number for step in ordered([step for step in CHAIN if step.figures])]
 JOBS = 50  # at a time on a cluster, unless --cores says otherwise
 
 
@@ -62,7 +56,8 @@ def _parser():
 
     sub = command("plan", plan, "print steps, sizes and estimates; run nothing")
     sub.add_argument("--cores", type=int, default=None, help="runs side by side")
-    command("check", check, "look at machine, model and rows of a profile; run nothing")
+    sub = command("check", check, "look at machine, model and rows of a profile; run nothing")
+    sub.add_argument("--machine", action="store_true", help="at the machine only, in a second")
     sub = command("notebook", notebook, "execute one notebook with papermill")
     sub.add_argument("step", type=int, choices=sorted(STEPS))
     sub.add_argument("--arm")
@@ -72,7 +67,8 @@ def _parser():
     sub.add_argument("--cores", type=int, default=None, help="runs side by side")
     sub.add_argument("--engine", default="local", help="local, or a Snakemake executor: slurm")
     sub.add_argument("--engine-options", default="", help="more arguments of Snakemake's")
-    command("figures", figures, "re-execute 00, 02, 06 and 05 from stored results")
+    names = ", ".join(f"{number:02}" for number in FIGURE_STEPS)
+    command("figures", figures, f"re-execute {names} from stored results")
     sub = command("promote", promote_results, "copy complete, clean results to results/reference")
     sub.add_argument("--partial", action="store_true", help="what is whole, to results/partial")
     command("compare", compare, "hold local results against the reference")
@@ -105,40 +101,21 @@ def _profile(arguments):
 
 def plan(arguments):
     profile, _, paths = _profile(arguments)
-    side_by_side = workers(profile, arguments.cores)
-    print(f"profile {profile.name}: {' '.join(profile.description.split())}")
-    print(
-        f"model {profile.model.source} ({profile.model.base_weights}), data {profile.data.source},"
-        f" {profile.data.train_rows} training rows a seed, {profile.train.epochs} epochs"
-    )
-    for arm, change in profile.arms.items():
-        seeds = ", ".join(map(str, profile.seeds_of(arm)))
-        print(f"  arm {arm}: noise_alpha {change.noise_alpha:g}, seeds {seeds}")
-    print(f"{'phase':<28}{'steps':>6}{'tokens':>12}{'minutes of one worker':>24}")
-    rows = estimate(profile, paths)
-    for phase, steps, tokens, seconds in rows:
-        print(f"{phase:<28}{steps:>6}{tokens:>12,.0f}{seconds / 60:>24.1f}")
-    total = sum(row[3] for row in rows) / 60
-    minutes = total / side_by_side
-    time = f"{minutes:.0f} minutes" if minutes < 200 else f"{minutes / 60:.1f} hours"
-    kind = "measured" if profile.speed.measured else "estimated, not measured"
-    gpu = f", {profile.gpu_memory_gb:g} GB of GPU memory" if profile.gpu_memory_gb else ""
-    print(
-        f"about {time} with {side_by_side} side by side (speeds {kind}); each run"
-        f" {profile.memory_gb:g} GB of memory{gpu}; {profile.disk_gb:g} GB of disk"
-    )
+    show_plan(profile, paths, workers(profile, arguments.cores))
 
 
 def check(arguments):
     """What would stop a run of the profile: machine, model, tokenizer, rows. Writes nothing."""
+    profile, _, _ = _profile(arguments)
+    for what, found in preflight.check(profile):
+        print(f"{what}: {found}")
+    if arguments.machine:
+        return
     from neft_utils.data import sources
     from neft_utils.make.rows import rows_of
     from neft_utils.train.base_models import check_model
     from neft_utils.train.encoding import count_tokens
 
-    profile, _, _ = _profile(arguments)
-    for what, found in preflight.check(profile):
-        print(f"{what}: {found}")
     _, tokenizer = check_model(profile)
     files, count = sources.source_files(profile.data), count_tokens(tokenizer)
     made, _ = rows_of(profile.data, profile.all_seeds(), count, **files)
@@ -166,6 +143,9 @@ def answer(arguments):
 
 def reproduce(arguments):
     profile, reference, paths = _profile(arguments)
+    for name in (reference, paths.out):
+        if set("{}") & set(name):
+            raise ConfigError(f"{name} has braces, which Snakemake takes for wildcards: rename it")
     paths.results.mkdir(parents=True, exist_ok=True)
     probe = paths.results / ".writable"
     atomic_write_text(probe, "")
@@ -233,58 +213,10 @@ def promote_results(arguments):
 
 def compare(arguments):
     """Local main table against the reference's, cell by cell with tolerances."""
-    import pandas as pd
-
-    from neft_utils.compare.expected import TOLERANCES
-    from neft_utils.compare.metrics import METRICS
+    from neft_utils.make.compare_reference import hold_against_reference
 
     profile, _, paths = _profile(arguments)
-    sides = [Paths(profile.name, REFERENCE).tables / "main.csv", paths.tables / "main.csv"]
-    for path in sides:
-        if not path.exists():
-            raise ConfigError(f"{os.path.relpath(path, ROOT)} is missing: nothing to compare")
-    _refuse_unlike(*(path.parent.parent for path in sides))
-    reference, local = (pd.read_csv(path).set_index("arm") for path in sides)
-    if list(reference.index) != list(local.index):
-        raise ConfigError("local and reference have different arms: they cannot be compared")
-    misses = 0
-    for metric, (unit, _) in METRICS.items():
-        if unit not in TOLERANCES:
-            continue
-        for arm in reference.index:
-            a, b = reference.loc[arm, metric], local.loc[arm, metric]
-            if pd.isna(a) and pd.isna(b):
-                continue
-            good = abs(a - b) <= TOLERANCES[unit]
-            misses += not good
-            print(
-                f"{'ok' if good else 'MISS'} {arm} {metric}: reference {a:.4f} local {b:.4f}"
-                f" tolerance {TOLERANCES[unit]:g} {unit}"
-            )
-    return 1 if misses else 0
-
-
-def _refuse_unlike(reference, local):
-    """Raise ConfigError for results of other rows, another model or another recipe."""
-    manifests = [read_json(side / "manifest.json") or {} for side in (reference, local)]
-    files = [manifest.get("files", {}) for manifest in manifests]
-    for name in ("test.jsonl", "validation.jsonl"):
-        if files[0].get(name) != files[1].get(name):
-            raise ConfigError(f"local and reference have different rows ({name}): not comparable")
-    for path in sorted((local / "runs").glob("*/config.json")):
-        other = reference / path.relative_to(local)
-        if not other.exists():
-            continue
-        ours, theirs = (read_json(one) for one in (path, other))
-        for part in ("model", "train", "noise"):
-            # Keys that only one side has are settings of a later version, at their defaults.
-            both = ours.get(part, {}).keys() & theirs.get(part, {}).keys()
-            for key in sorted(both):
-                if ours[part][key] != theirs[part][key]:
-                    raise ConfigError(
-                        f"run {path.parent.name} has {part}.{key} {ours[part][key]} here and"
-                        f" {theirs[part][key]} in the reference: not comparable"
-                    )
+    return 1 if hold_against_reference(profile, paths) else 0
 
 
 def bench(arguments):

@@ -7,7 +7,6 @@ log into a line per finished step.
 import importlib.util
 import json
 import logging
-import math
 import os
 import re
 import shutil
@@ -16,11 +15,13 @@ import sys
 import tempfile
 import threading
 import time
+from urllib.parse import quote
 
+from neft_utils.base.estimate import estimate
 from neft_utils.base.files import ROOT, atomic_write_text
-from neft_utils.base.paths import BASE, NOTEBOOKS, STEPS
+from neft_utils.base.paths import NOTEBOOKS, STEPS
 from neft_utils.base.strict import ConfigError
-from neft_utils.make.preflight import cores, gpus, memory_gb
+from neft_utils.make import preflight
 
 # oneDNN keeps the code that it made for every shape of matrix it met, 1,024 by default; rows of
 # a new length bring two dozen shapes of 0.6 MB, which fill gigabytes within a run.
@@ -37,70 +38,6 @@ def one_line(error):
         remedy = hint.get(error.errno, "check the path")
         return f"{error.strerror}: {error.filename or 'the results folder'} ({remedy})"
     return " ".join(str(error).split())
-
-
-def estimate(profile, paths):
-    """[(phase, steps, tokens, seconds of one worker)] from sizes and the profile's speeds."""
-    manifest = paths.processed / "manifest.json"
-    # Until rows are there to count: typical rows fill 0.6 of what they may have at most.
-    total = response = profile.speed.example_tokens or 0.6 * profile.data.max_tokens
-    if manifest.exists():
-        lengths = json.loads(manifest.read_text("utf-8"))["lengths"]
-        total, response = (lengths["test"][name]["p50"] for name in ("total", "response"))
-    speed, runs = profile.speed, profile.runs()
-    models = [(BASE, 0), *runs]
-    start = speed.notebook_start
-    rows, asked = profile.data, profile.evaluate
-    train = sum(
-        rows.train_rows * profile.data_fraction(arm) * profile.recipe(arm).epochs * total
-        for arm, _ in runs
-    )
-    scored_train = min(asked.train_rows or rows.train_rows, rows.train_rows)
-    fixed = scored_train + rows.validation_rows + rows.test_rows
-    checks = len(runs) * (profile.train.epochs + 1) * rows.validation_rows * total
-    scored = len(models) * (fixed * total + rows.ood_rows * 300) + checks
-    answering = sum(profile.answers(*model) for model in models)
-    prompts = asked.answer_prompts + asked.answer_prompts_without_penalty
-    prompts += len(asked.shown_prompts) + asked.alpaca_eval_prompts
-    longer = 2 * asked.length_arm_prompts
-    length = min(1.5 * response, asked.max_new_tokens)
-    answers = answering * (prompts + longer) * length
-    measuring = sum(profile.secondary(*model) for model in models)
-    extra = asked.train_answer_prompts + 3 * asked.verifiable_per_family
-    # Options of a multiple-choice item add up to about 250 tokens; six passes over stability rows.
-    passes = len(asked.benchmarks) * asked.benchmark_items * 250 + 6 * asked.stability_rows * total
-    # Options times 400 tokens of examples and question.
-    passes += len(asked.leaderboard) * asked.leaderboard_items * 4 * 400
-    measured = measuring * (passes + extra * length)
-    seconds = measuring * (passes / speed.forward + extra * length / speed.answers)
-    return [
-        ("prepare, explain, compare", 7, 0, 7 * start + 60),
-        ("fine-tune", len(runs), train, len(runs) * start + train / speed.train),
-        ("score losses", len(models), scored, len(models) * start + scored / speed.forward),
-        ("answer prompts", answering, answers, answers / speed.answers),
-        ("secondary measures", measuring, measured, seconds),
-    ]
-
-
-# A small model's run waits for its kernels to be launched, not for the card: on an H100 nine side
-# by side trained 9,600 tokens a second each, 86,000 together, and beside fewer neighbours one
-# trained 13,000 (results/LOG.md). A large model fills the card.
-SMALL_GB, SMALL_RUNS = 8, 9
-
-
-def workers(profile, cores=None):
-    """How many runs go side by side: one a core, as memory allows.
-
-    On a GPU as asked, else up to nine of a small model and one of a large.
-    """
-    if profile.device == "cuda":
-        cards, need = gpus(), profile.gpu_memory_gb
-        if cores is None and need <= SMALL_GB:
-            cores = min(SMALL_RUNS, cores())
-        # All on the first card; where no card is seen, `make plan` asks for another machine.
-        room = (cards[0][1] // need if need else 1) if cards else math.inf
-        cores = min(cores or 1, room)
-    return int(max(1, min(cores or cores(), memory_gb() // profile.memory_gb)))
 
 
 def write_notebook(path, notebook):
@@ -215,6 +152,14 @@ def _engine_arguments(engine, count, logs, options):
     return arguments + list(options)
 
 
+def settings(reference, out):
+    """Snakemake's arguments for a profile and a folder, of whatever name.
+
+    Snakemake takes values for YAML, and an executor puts them into a shell's command as they are.
+    """
+    return [f"profile={quote(reference)}", f"out={quote(out)}"]
+
+
 def run_all(profile, reference, paths, count, lock, engine="local", options=()):
     """Run every step that is not done, `count` at a time; returns Snakemake's exit code.
 
@@ -230,9 +175,10 @@ def run_all(profile, reference, paths, count, lock, engine="local", options=()):
         environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         environment |= ONEDNN
     elif engine == "local":
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, preflight.cores() // count)))
     # Cores of a cluster's node beside a GPU, for the loading of data.
     threads = 4 if profile.device == "cuda" and engine != "local" else 1
+    logs = ROOT / ".snakemake" / "slurm_logs"  # no name of a user's: sbatch is called by a shell
     command = [
         sys.executable,
         "-m",
@@ -241,7 +187,7 @@ def run_all(profile, reference, paths, count, lock, engine="local", options=()):
         str(NOTEBOOKS.parent / "Snakefile"),
         "--directory",
         str(ROOT),
-        *_engine_arguments(engine, count, paths.results / "slurm_logs", options),
+        *_engine_arguments(engine, count, logs, options),
         "--nolock",
         "--rerun-incomplete",
         "--rerun-triggers",
@@ -249,8 +195,7 @@ def run_all(profile, reference, paths, count, lock, engine="local", options=()):
         "params",
         "input",
         "--config",
-        f"profile={reference}",
-        f"out={paths.out}",
+        *settings(reference, paths.out),
         f"threads={threads}",
         f"whole={count if engine == 'local' else threads}",  # of a step that runs alone
     ]
@@ -284,7 +229,7 @@ def run_all(profile, reference, paths, count, lock, engine="local", options=()):
         stop.set()
     if code:
         if not state.get("error"):  # on another machine, it went to the job's own log
-            state["error"] = _error_of_a_job(paths.results / "slurm_logs", began)
+            state["error"] = _error_of_a_job(logs, began)
         if not state["error"]:  # Snakemake's own: a missing file, a killed job
             tail = [x for x in log.read_text("utf-8").splitlines() if x.strip()][-3:]
             print(f"error: {' '.join(tail)}", file=sys.stderr)

@@ -10,8 +10,6 @@ from scipy.special import expit
 
 from neft_utils.compare import length_control as lc
 from neft_utils.compare import length_pairs
-from neft_utils.compare import length_pairs
-from neft_utils.compare import length_pairs
 
 
 def synthetic(n=3000, effect=0.0, form="pooled_tanh", seed=0, strength=2.0):

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from neft_utils.base import files
+from neft_utils.base import files, pins
 from neft_utils.base.files import ROOT
 from neft_utils.base.paths import PACKAGE, PROFILES
 from neft_utils.base.profiles import Model
@@ -259,9 +259,9 @@ def test_no_sbatch_and_no_gpu_are_said_before_anything_starts(tmp_path, capsys, 
 
 
 def test_another_version_of_a_package_is_named(tmp_path, capsys, monkeypatch):
-    pins = tmp_path / "requirements.txt"
-    pins.write_text("torch==1.0.0  # old\n")
-    monkeypatch.setattr(pins, "PINS", pins)
+    own = tmp_path / "requirements.txt"
+    own.write_text("torch==1.0.0  # old\n")
+    monkeypatch.setattr(pins, "PINS", own)
     line = refused(capsys, "check", "--profile", "nano")
     assert "torch is " in line and line.endswith("not 1.0.0: run make env")
 

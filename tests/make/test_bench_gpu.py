@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from neft_utils.base.profiles import Model
-from neft_utils.make.bench import gpu
+from neft_utils.make.bench import examples, gpu
 from neft_utils.train.base_models import load_tokenizer
 from neft_utils.train.encoding import alpaca_prompt
 
@@ -24,43 +24,43 @@ def tiny():
 
 
 def test_the_stored_lengths_are_those_of_999_plausible_rows():
-    table = gpu.alpaca_lengths()
+    table = examples.alpaca_lengths()
     assert list(table.columns) == ["prompt_tokens", "response_tokens", "rows"]
     assert table["rows"].sum() == 999 and (table > 0).all().all()
     assert not table.duplicated(["prompt_tokens", "response_tokens"]).any()
     assert table.prompt_tokens.min() > 30  # the template alone
     total = (table.prompt_tokens + table.response_tokens).repeat(table["rows"])
     assert 80 < total.median() < 180 and round(total.mean()) == 206
-    assert round(100 * (total > gpu.MAX_TOKENS).mean(), 1) == 2.5
+    assert round(100 * (total > examples.MAX_TOKENS).mean(), 1) == 2.5
 
 
 def test_a_histogram_counts_prompts_in_their_template_and_responses_with_their_end():
     tokenizer = load_tokenizer(Model(source="nano"))  # a token is a byte
     plain = {"instruction": "Say hi.", "input": "", "output": "Hi!"}
     with_input = {"instruction": "Add.", "input": "1 2", "output": "three"}
-    table = gpu.length_histogram([with_input, plain, with_input], tokenizer)
+    table = examples.length_histogram([with_input, plain, with_input], tokenizer)
     short = len(alpaca_prompt("Say hi."))
     long = len(alpaca_prompt("Add.\n\n### Input:\n1 2"))
     assert table.values.tolist() == [[short, 4, 1], [long, 6, 2]]
 
 
 def test_drawn_lengths_are_reproducible_and_capped():
-    drawn = gpu.drawn_lengths(2000)
-    assert drawn == gpu.drawn_lengths(2000) != gpu.drawn_lengths(2000, seed=1)
-    assert max(map(sum, drawn)) == gpu.MAX_TOKENS
+    drawn = examples.drawn_lengths(2000)
+    assert drawn == examples.drawn_lengths(2000) != examples.drawn_lengths(2000, seed=1)
+    assert max(map(sum, drawn)) == examples.MAX_TOKENS
     assert min(map(min, drawn)) >= 1
     # 2000 draws of a total with standard deviation 131 (capped): three standard errors are 9.
     assert sum(map(sum, drawn)) / 2000 == pytest.approx(204.7, abs=9)
-    short = gpu.drawn_lengths(50, max_tokens=20)  # below every prompt
+    short = examples.drawn_lengths(50, max_tokens=20)  # below every prompt
     assert set(short) == {(19, 1)}
 
 
 def test_examples_are_random_tokens_of_the_drawn_lengths():
-    examples = gpu.random_examples(40, vocabulary=100)
-    for example, (prompt, response) in zip(examples, gpu.drawn_lengths(40), strict=True):
+    made = examples.random_examples(40, vocabulary=100)
+    for example, (prompt, response) in zip(made, examples.drawn_lengths(40), strict=True):
         assert example["completion_mask"] == [0] * prompt + [1] * response
         assert len(example["input_ids"]) == prompt + response
-    assert {i for one in examples for i in one["input_ids"]} == set(range(2, 100))
+    assert {i for one in made for i in one["input_ids"]} == set(range(2, 100))
 
 
 def test_tokens_of_a_forward_follow_the_memory_of_the_card():

@@ -188,6 +188,14 @@ def test_misuse_is_one_line_and_a_failing_exit_code(nano, tmp_path):
         assert len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="has a GPU")
+def test_notebook_0_refuses_a_machine_in_the_words_of_check(nano, tmp_path):
+    folder, _, _ = nano
+    done = neft(folder, "notebook", 0, "--profile", mine(tmp_path, device="cuda"))
+    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "00_start_here: RuntimeError: profile mine needs a GPU and none is here" in done.stderr
+
+
 @pytest.mark.parametrize(
     "rows, message",
     [

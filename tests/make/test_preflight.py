@@ -3,14 +3,17 @@
 import dataclasses
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 from tiny import Lab
 
+from neft_utils.base import pins
 from neft_utils.base.profiles import Judge
 from neft_utils.base.read_profile import load_profile
 from neft_utils.base.strict import ConfigError
-from neft_utils.make import preflight, workflow
+from neft_utils.make import plan, preflight
 from neft_utils.make.preflight import check, memory_gb
 
 NANO = load_profile("nano")
@@ -37,17 +40,28 @@ def test_a_machine_that_will_do_is_described(tmp_path, monkeypatch):
 def test_runs_go_side_by_side_on_a_card_as_asked_and_as_memory_allows(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "memory_gb", lambda: 16.0)
     small = dataclasses.replace(GPU, gpu_memory_gb=6.0, memory_gb=2.0)
-    assert workflow.workers(small, 5) == 5  # `make plan` for another machine
+    assert plan.workers(small, 5) == 5  # `make plan` for another machine
     card(tmp_path, monkeypatch, 24576)
-    assert [workflow.workers(small, cores) for cores in (1, 2, 9)] == [1, 2, 4]
+    assert [plan.workers(small, cores) for cores in (1, 2, 9)] == [1, 2, 4]
     monkeypatch.setattr(preflight, "cores", lambda: 3)
-    assert workflow.workers(small) == 3 and workflow.workers(GPU) == 1  # a large model fills a card
+    assert plan.workers(small) == 3 and plan.workers(GPU) == 1  # a large model fills a card
     monkeypatch.setattr(preflight, "cores", lambda: 64)
     roomy = dataclasses.replace(small, memory_gb=0.5, gpu_memory_gb=1.0)
-    assert workflow.workers(small) == 4 and workflow.workers(roomy) == 9
-    assert workflow.workers(dataclasses.replace(small, memory_gb=7.0), 9) == 2
-    assert workflow.workers(dataclasses.replace(small, gpu_memory_gb=0.0), 9) == 1
-    assert workflow.workers(dataclasses.replace(NANO, memory_gb=20.0), 9) == 1
+    assert plan.workers(small) == 4 and plan.workers(roomy) == 9
+    assert plan.workers(dataclasses.replace(small, memory_gb=7.0), 9) == 2
+    assert plan.workers(dataclasses.replace(small, gpu_memory_gb=0.0), 9) == 1
+    assert plan.workers(dataclasses.replace(NANO, memory_gb=20.0), 9) == 1
+
+
+def test_the_machine_is_looked_at_without_loading_anything():
+    """Notebook 00 waits for it, and torch alone takes seconds to import."""
+    code = "import sys; from neft_utils.make.commands import main; main(sys.argv[1:]);"
+    code += " print({'torch', 'pandas', 'transformers'} & set(sys.modules))"
+    command = [sys.executable, "-c", code, "check", "--machine", "--profile", "nano"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    *found, loaded = lines
+    assert [line.partition(":")[0] for line in found] == [what for what, _ in check(NANO)]
+    assert loaded == "set()"
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="has a GPU")
@@ -72,9 +86,9 @@ def test_too_little_gpu_memory_memory_and_disk(tmp_path, monkeypatch):
 
 
 def test_packages_that_are_missing_or_other_versions(tmp_path, monkeypatch):
-    pins = tmp_path / "requirements.txt"
-    pins.write_text("torch==1.0.0  # old\nno-such-package==2.0  # missing\n")
-    monkeypatch.setattr(pins, "PINS", pins)
+    own = tmp_path / "requirements.txt"
+    own.write_text("torch==1.0.0  # old\nno-such-package==2.0  # missing\n")
+    monkeypatch.setattr(pins, "PINS", own)
     with pytest.raises(ConfigError) as caught:
         check(NANO)
     assert "not 1.0.0; no-such-package is missing, not 2.0: run make env" in str(caught.value)

@@ -114,8 +114,8 @@ def test_a_profile_of_the_papers_scale_runs_whole_at_nano_sizes(name, repositori
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_a_profile_takes_can_be_asked_without_its_model(name):
+    from neft_utils.base.estimate import estimate
     from neft_utils.base.paths import Paths
-    from neft_utils.make.workflow import estimate
 
     profile = load_profile(name)
     assert profile.gpu_memory_gb and profile.memory_gb and profile.disk_gb

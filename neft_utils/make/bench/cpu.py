@@ -7,7 +7,6 @@ own, ours in the environment that `make reproduce` gives its runs.
 import dataclasses
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -17,13 +16,23 @@ from pathlib import Path
 
 from neft_utils.base.files import write_json
 from neft_utils.base.provenance import describe, peak_memory_gb
+from neft_utils.make.bench.measures import MEASURES
+from neft_utils.make.bench.shared import (
+    BATCH,
+    NOISE_ALPHA,
+    batch_token_counts,
+    clocked,
+    headed,
+    logged_losses,
+    our_trainer,
+    spread,
+    trl_trainer,
+    with_range,
+)
 from neft_utils.train.base_models import load_base, load_tokenizer
 from neft_utils.train.encoding import encode
 from neft_utils.train.folders import model_folder
-from neft_utils.train.trainer import build_trainer, lora_model
 
-BATCH = 8  # examples an optimiser step: TRL's own default of per_device_train_batch_size
-NOISE_ALPHA = 5.0
 # For one row of TRL: glibc keeps freed memory in the process, so that the kernel need not clear
 # it again. It matters where tensors of hundreds of megabytes come and go, as padded logits do.
 KEEP_MEMORY = {
@@ -55,13 +64,6 @@ ROWS = [
     Row("trl_1x2_keep_memory", "trl", 1, 2, keep_memory=True),
     Row("trl_defaults_1x2", "trl_defaults", 1, 2),
 ]
-
-
-def spread(values):
-    """{"median", "low", "high"} of repeats."""
-    values = [float(value) for value in values]
-    found = {"median": statistics.median(values), "low": min(values), "high": max(values)}
-    return {name: round(value, 2) for name, value in found.items()}
 
 
 def bench(profile, reference, paths, steps=6, say=print):
@@ -125,15 +127,12 @@ def _goal(value, least, most):
 
 def table(found):
     """The result as two Markdown tables: rates of every row, then ratios beside their goals."""
-    lines = [
-        "| row | processes × threads | real tokens/s | padded tokens/s | peak GB | loss |",
-        "|---|---|---|---|---|---|",
-    ]
+    columns = ("row", "processes × threads", "real tokens/s", "padded tokens/s", "peak GB", "loss")
+    lines = headed(*columns)
     for name, row in found["rows"].items():
-        real = row["real_tokens_per_second"]
         lines.append(
-            f"| {name} | {row['processes']} × {row['threads']} | {real['median']:.0f}"
-            f" [{real['low']:.0f}, {real['high']:.0f}]"
+            f"| {name} | {row['processes']} × {row['threads']}"
+            f" | {with_range(row['real_tokens_per_second'])}"
             f" | {row['padded_tokens_per_second']['median']:.0f}"
             f" | {row['peak_memory_gb']:.2f} | {row['loss']:.3f} |"
         )
@@ -143,12 +142,8 @@ def table(found):
             ("forward", "losses, no gradient"),
         ):
             if key in row:
-                one = row[key]
-                lines.append(
-                    f"| {text} | 1 × 2 | {one['median']:.0f} [{one['low']:.0f},"
-                    f" {one['high']:.0f}] | | | |"
-                )
-    lines += ["", "| | measured | goal |", "|---|---|---|"]
+                lines.append(f"| {text} | 1 × 2 | {with_range(row[key])} | | | |")
+    lines += ["", *headed("", "measured", "goal")]
     for key, (text, least, most) in GOALS.items():
         goal = _goal(found[key], least, most)
         lines.append(f"| {text} (`{key}`) | {found[key]:.2f} | {goal} |")
@@ -203,70 +198,14 @@ def _wait(processes):
 # --------------------------------------------------------------------- in a process of its own
 
 
-def trl_trainer(model, tokenizer, encoded, recipe, seed, folder, noise_alpha, **options):
-    """Plain TRL with its own NEFTune flag and our recipe's LoRA.
-
-    options: SFTConfig's; what neither they nor this function name is TRL's default.
-    """
-    from datasets import Dataset
-    from peft import LoraConfig
-    from trl import SFTConfig, SFTTrainer
-
-    return SFTTrainer(
-        model=model,
-        args=SFTConfig(
-            output_dir=str(folder),
-            seed=seed,
-            data_seed=seed,
-            num_train_epochs=1,
-            learning_rate=recipe.learning_rate,
-            max_length=None,
-            completion_only_loss=True,
-            neftune_noise_alpha=noise_alpha,
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            **options,
-        ),
-        processing_class=tokenizer,
-        train_dataset=Dataset.from_list(encoded),
-        peft_config=LoraConfig(
-            r=recipe.lora_rank,
-            lora_alpha=recipe.lora_alpha,
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
-        ),
-    )
-
-
-def batch_token_counts(trainer, padded_batch):
-    """A list that gets (real, padded) tokens of every batch that the trainer collates.
-
-    Padded is what groups of `padded_batch` examples cost when padded to their longest.
-    """
-    sizes, collate = [], trainer.data_collator
-
-    def counted(features):
-        lengths = [len(one["input_ids"]) for one in features]
-        groups = (lengths[i : i + padded_batch] for i in range(0, len(lengths), padded_batch))
-        sizes.append((sum(lengths), sum(len(group) * max(group) for group in groups)))
-        return collate(features)
-
-    trainer.data_collator = counted
-    return sizes
-
-
 def _process(task):
     warnings.simplefilter("ignore")
     import torch
-    from transformers import TrainerCallback
 
     from neft_utils.base.paths import Paths
     from neft_utils.base.profiles import Train
     from neft_utils.base.read_profile import load_profile
     from neft_utils.data import splits
-    from neft_utils.noise import NEFTuneCallback
 
     row, profile = Row(**task["row"]), load_profile(task["profile"])
     torch.set_num_threads(row.threads)
@@ -278,25 +217,15 @@ def _process(task):
     examples = splits.load_split(paths.processed, f"train-s{seed}") * task["steps"]
     encoded = [encode(tokenizer, one) for one in examples[: BATCH * task["steps"]]]
     folder, number = Path(task["folder"]), task["number"]
-    seconds = []  # of each step
 
-    class Clock(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kwargs):
-            (folder / f"ready-{number}").touch()  # start together with the other process
-            while len(list(folder.glob("ready-*"))) < row.processes:
-                time.sleep(0.01)
-
-        def on_step_begin(self, args, state, control, **kwargs):
-            self.begun = time.perf_counter()
-
-        def on_step_end(self, args, state, control, **kwargs):
-            seconds.append(time.perf_counter() - self.begun)
+    def ready():  # start together with the other process
+        (folder / f"ready-{number}").touch()
+        while len(list(folder.glob("ready-*"))) < row.processes:
+            time.sleep(0.01)
 
     if row.kind == "ours":
-        tuned = lora_model(load_base(profile.model), recipe, seed)
-        trainer = build_trainer(
-            tuned, tokenizer, encoded, recipe, seed, [NEFTuneCallback(row.noise_alpha)], folder
-        )
+        base = load_base(profile.model)
+        trainer = our_trainer(base, tokenizer, encoded, recipe, seed, folder, row.noise_alpha)
     else:
         off = {"gradient_checkpointing": False} if row.kind == "trl" else {}
         trainer = trl_trainer(
@@ -317,126 +246,22 @@ def _process(task):
     trained = [p.dtype for p in trainer.model.parameters() if p.requires_grad]
     assert set(trained) == {torch.float32}, "rows differ in the dtype of their adapters"
     sizes = batch_token_counts(trainer, BATCH)
-    trainer.add_callback(Clock())
+    times = clocked(trainer, ready)
     loaded = time.time() - task["started"]
     trainer.train()
+    seconds = [end - begin for begin, end in times]
     timed = list(zip(sizes, seconds, strict=True))[1:]
-    losses = [one["loss"] for one in trainer.state.log_history if "loss" in one]
     found = {
         "load_seconds": round(loaded, 1),
         "real_tokens_per_second": spread(real / took for (real, _), took in timed),
         "padded_tokens_per_second": spread(padded / took for (_, padded), took in timed),
         "peak_memory_gb": peak_memory_gb(),
-        "loss": round(float(losses[-1]), 4),
+        "loss": round(logged_losses(trainer)[-1], 4),
     }
     test = splits.load_split(paths.processed, "test")
     for name in row.also:
-        found[name] = _MEASURES[name](profile, trainer.model.eval(), tokenizer, test, encoded)
+        found[name] = MEASURES[name](profile, trainer.model.eval(), tokenizer, test, encoded)
     write_json(folder / f"result-{number}.json", found)
-
-
-def _one_by_one(profile, tuned, tokenizer, test, encoded):
-    """Tokens/s of transformers' `generate`, prompt by prompt, as a user would call it."""
-    import torch
-
-    from neft_utils.train.encoding import prompt_ids
-
-    rates = []
-    for row in test[:5]:
-        ids = torch.tensor([prompt_ids(tokenizer, row["prompt"])])
-        started = time.perf_counter()
-        with torch.no_grad():
-            out = tuned.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                max_new_tokens=profile.evaluate.max_new_tokens,
-                repetition_penalty=profile.evaluate.repetition_penalty,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        rates.append((out.shape[1] - ids.shape[1]) / (time.perf_counter() - started))
-    return spread(rates)
-
-
-def _answers(profile, tuned, tokenizer, test, encoded):
-    """Tokens/s of every test prompt of the profile in one batch, five times.
-
-    The rate grows with the batch: its last long answers are alone in every step.
-    """
-    from neft_utils.evaluate.generate import answer
-
-    settings, rates = profile.evaluate, []
-    prompts = [row["prompt"] for row in test]
-    for _ in range(5):
-        started = time.perf_counter()
-        answers = answer(
-            tuned,
-            tokenizer,
-            prompts,
-            max_new_tokens=settings.max_new_tokens,
-            batch_size=len(prompts),
-            repetition_penalty=settings.repetition_penalty,
-        )
-        rates.append(sum(a["n_tokens"] for a in answers) / (time.perf_counter() - started))
-    return spread(rates)
-
-
-def _forward(profile, tuned, tokenizer, test, encoded):
-    """Tokens/s of scoring the training examples without gradient, five times."""
-    from neft_utils.train.losses import response_nll
-
-    tokens, rates = sum(len(one["input_ids"]) for one in encoded), []
-    for _ in range(5):
-        started = time.perf_counter()
-        response_nll(tuned, encoded, profile.evaluate.batch_tokens)
-        rates.append(tokens / (time.perf_counter() - started))
-    return spread(rates)
-
-
-def _noise(profile, tuned, tokenizer, test, encoded):
-    """The noise's share of a step in per cent: a stopwatch around its hook, one thread.
-
-    Differences of a few thousandths between whole steps would drown. On a GPU kernels run on
-    after the hook: this is meant for a CPU.
-    """
-    import torch
-
-    from neft_utils.noise import EmbeddingNoise
-    from neft_utils.train.encoding import flat_batch
-    from neft_utils.train.losses import response_token_nll
-
-    class Timed(EmbeddingNoise):
-        spent = 0.0
-
-        def _add_noise(self, *args):
-            started = time.perf_counter()
-            output = super()._add_noise(*args)
-            self.spent += time.perf_counter() - started
-            return output
-
-    torch.set_num_threads(1)
-    noise, shares = Timed(NOISE_ALPHA).attach(tuned.train()), []
-    for begin in range(0, len(encoded), BATCH):
-        batch, noise.spent = flat_batch(encoded[begin : begin + BATCH]), 0.0
-        started = time.perf_counter()
-        response_token_nll(tuned, batch)[0].mean().backward()
-        shares.append(100 * noise.spent / (time.perf_counter() - started))
-        tuned.zero_grad()
-    noise.remove()
-    shares = [round(share, 4) for share in shares[1:]]
-    return {
-        "noise_overhead_percent": statistics.median(shares),
-        "noise_overhead_percent_low": min(shares),
-        "noise_overhead_percent_high": max(shares),
-    }
-
-
-_MEASURES = {
-    "answers_one_by_one": _one_by_one,
-    "answers": _answers,
-    "forward": _forward,
-    "noise": _noise,
-}
 
 
 if __name__ == "__main__":

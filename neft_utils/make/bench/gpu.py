@@ -10,28 +10,31 @@ import importlib.util
 import json
 import math
 import os
-import random
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 
-import pandas as pd
 import torch
 
-from neft_utils.base.paths import PACKAGE
 from neft_utils.base.provenance import describe
-from neft_utils.make.bench.cpu import NOISE_ALPHA, batch_token_counts, spread, trl_trainer
-from neft_utils.train import run_log
-from neft_utils.train.trainer import build_trainer, lora_model
+from neft_utils.make.bench.examples import SEED, random_examples
+from neft_utils.make.bench.shared import (
+    NOISE_ALPHA,
+    adapted,
+    batch_token_counts,
+    clocked,
+    headed,
+    logged_losses,
+    our_trainer,
+    spread,
+    trl_trainer,
+    with_range,
+)
 
 # What needs peft or trl is imported where it is used: without them the table says so.
 
-ALPACA_LENGTHS = PACKAGE / "facts" / "alpaca_lengths.csv"
-MAX_TOKENS = 512  # of an example; 2.5 % of the rows in ALPACA_LENGTHS are longer
-SEED = 0
 # shape: vocabulary, hidden, intermediate, layers, heads; examples of an optimiser step;
 # examples of one padded batch, which TRL accumulates to the step
 SHAPES = {
@@ -51,60 +54,6 @@ GOALS = {
     "ratio_vs_trl": ("at least", 3.0),
     "small_card_peak_gb": ("at most", 12.0),
 }
-
-
-# ------------------------------------------------------------------------------- examples
-
-
-def length_histogram(rows, tokenizer):
-    """Rows by their numbers of tokens: prompt_tokens, response_tokens, rows; sorted.
-
-    rows: [{"instruction", "input", "output"}]. Prompts stand in Alpaca's templates, with or
-    without an input; a response's count includes its end token.
-    """
-    from neft_utils.data.sources import INPUT
-    from neft_utils.train.encoding import alpaca_prompt
-
-    columns, lengths = ["prompt_tokens", "response_tokens"], []
-    for row in rows:
-        prompt = alpaca_prompt(row["instruction"] + (INPUT + row["input"] if row["input"] else ""))
-        response = tokenizer(row["output"], add_special_tokens=False)["input_ids"]
-        lengths.append((len(tokenizer(prompt)["input_ids"]), len(response) + 1))
-    return pd.DataFrame(lengths, columns=columns).groupby(columns).size().reset_index(name="rows")
-
-
-def alpaca_lengths():
-    """`length_histogram` of 999 rows of an English Alpaca set, numbers without their texts.
-
-    Counted with SmolLM2's tokenizer: its 49,152 words make slightly fewer tokens of a text
-    than Llama-2's 32,000. Answers are longer than the first Alpaca's: mean 206 tokens an
-    example, where that one has 128.
-    """
-    return pd.read_csv(ALPACA_LENGTHS)
-
-
-def drawn_lengths(count, seed=SEED, max_tokens=MAX_TOKENS):
-    """[(prompt, response)] tokens of `count` examples drawn from `alpaca_lengths`.
-
-    A long example loses the end of its response, as truncation does; one token stays.
-    """
-    table = alpaca_lengths()
-    pairs = list(zip(table.prompt_tokens.tolist(), table.response_tokens.tolist(), strict=True))
-    drawn = random.Random(seed).choices(pairs, weights=table["rows"].tolist(), k=count)
-    drawn = [(min(prompt, max_tokens - 1), response) for prompt, response in drawn]
-    return [(prompt, min(response, max_tokens - prompt)) for prompt, response in drawn]
-
-
-def random_examples(count, vocabulary, seed=SEED):
-    """Encoded examples of random tokens; ids 0 and 1 are kept for start, end and padding."""
-    generator = random.Random(seed)
-    return [
-        {
-            "input_ids": generator.choices(range(2, vocabulary), k=prompt + response),
-            "completion_mask": [0] * prompt + [1] * response,
-        }
-        for prompt, response in drawn_lengths(count, seed)
-    ]
 
 
 # ------------------------------------------------------------------------------ the table
@@ -174,16 +123,15 @@ def format_table(found):
     """The result of `bench_gpu` as lines of Markdown."""
     lines = [
         f"{found['shape']} on {found['device']}\n",
-        "| row | real tokens/s | padded tokens/s | utilisation | peak GB | loss |",
-        "|---|---|---|---|---|---|",
+        *headed("row", "real tokens/s", "padded tokens/s", "utilisation", "peak GB", "loss"),
     ]
     for kind, row in found["rows"].items():
         if "skipped" in row:
             lines.append(f"| {kind} | skipped: {row['skipped']} | | | | |")
             continue
-        real, peak = row["real_tokens_per_second"], row["peak_memory_gb"]
+        peak = row["peak_memory_gb"]
         lines.append(
-            f"| {kind} | {real['median']:.0f} [{real['low']:.0f}, {real['high']:.0f}]"
+            f"| {kind} | {with_range(row['real_tokens_per_second'])}"
             f" | {row['padded_tokens_per_second']['median']:.0f}"
             f" | {row['model_flops_utilisation']:.3f} | {'' if peak is None else f'{peak:.2f}'}"
             f" | {row['loss']:.3f} |"
@@ -198,7 +146,7 @@ def format_table(found):
 # ------------------------------------------------------------------ in a process of its own
 
 
-def random_llama(shape, attention, device, four_bit=False):
+def random_llama(shape, device, four_bit=False):
     """A Llama with random weights on the device: in bf16, or NF4 with double quantisation."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -218,7 +166,7 @@ def random_llama(shape, attention, device, four_bit=False):
         eos_token_id=1,
         pad_token_id=1,
     )
-    options = {"dtype": torch.bfloat16, "attn_implementation": attention}
+    options = {"dtype": torch.bfloat16, "attn_implementation": "sdpa"}
     torch.manual_seed(SEED)
     with torch.device(device):
         model = LlamaForCausalLM._from_config(config, **options)
@@ -260,19 +208,15 @@ def _recipe(kind, shape):
 
 
 def _measure(kind, shape, steps, folder):
-    from transformers import TrainerCallback
-
     from neft_utils.base.profiles import Model
-    from neft_utils.noise import NEFTuneCallback
+    from neft_utils.train import run_log
     from neft_utils.train.base_models import load_tokenizer
-    from neft_utils.train.fast import ATTENTION
 
     cuda, padded_batch = torch.cuda.is_available(), SHAPES[shape][6]
     recipe = _recipe(kind, shape)
     encoded = random_examples(recipe.batch_size * steps, SHAPES[shape][0])
     tokenizer = load_tokenizer(Model(source="nano"))  # only its padding token, 1, is used
-    attention = "sdpa" if kind == "trl" else ATTENTION
-    model = random_llama(shape, attention, "cuda:0" if cuda else "cpu", _four_bit(kind))
+    model = random_llama(shape, "cuda:0" if cuda else "cpu", _four_bit(kind))
     if cuda:  # of training alone: real weights are quantised one by one as they are read
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -290,34 +234,21 @@ def _measure(kind, shape, steps, folder):
             use_cpu=not cuda,
         )
     else:
-        model, noise = lora_model(model, recipe, SEED), NEFTuneCallback(NOISE_ALPHA)
-        trainer = build_trainer(model, tokenizer, encoded, recipe, SEED, [noise], folder)
-    ends = []  # when steps end
-
-    class Clock(TrainerCallback):
-        """From the end of a step to the end of the next: fetching and logging count."""
-
-        def on_step_end(self, args, state, control, **kwargs):
-            if cuda:
-                torch.cuda.synchronize()
-            ends.append(time.perf_counter())
-
+        trainer = our_trainer(model, tokenizer, encoded, recipe, SEED, folder, NOISE_ALPHA)
     batches = batch_token_counts(trainer, padded_batch)
-    trainer.add_callback(Clock())
+    times = clocked(trainer)
     trainer.train()
     peak = round(torch.cuda.max_memory_allocated() / 1e9, 3) if cuda else None
-    losses = [one["loss"] for one in trainer.state.log_history if "loss" in one]
-    losses = [float(loss) for loss in losses]
-    if len(losses) != steps or not all(map(math.isfinite, losses)):
-        raise FloatingPointError(f"losses of {steps} steps: {losses}")
+    losses = logged_losses(trainer)
     real, padded, share = [], [], len(batches) // steps
     for step in range(1, steps):
-        seconds = ends[step] - ends[step - 1]
+        # From the end of a step to the end of the next: fetching and logging count.
+        seconds = times[step][1] - times[step - 1][1]
         for rates, tokens in zip((real, padded), zip(*batches, strict=True), strict=True):
             rates.append(sum(tokens[step * share : (step + 1) * share]) / seconds)
     # Utilisation at the median rate. The weights are counted on a model without storage: in
     # 4 bits a tensor has half as many elements as weights.
-    bare = lora_model(random_llama(shape, "sdpa", "meta"), recipe, SEED)
+    bare = adapted(random_llama(shape, "meta"), recipe, SEED)
     seconds = sum(len(one["input_ids"]) for one in encoded) / statistics.median(real)
     flops = run_log.throughput(bare, recipe, encoded, seconds)
     adapters = next(p.dtype for p in trainer.model.parameters() if p.requires_grad)

@@ -1,0 +1,50 @@
+"""What a profile takes: notebooks, tokens and seconds of each phase, before anything runs."""
+
+import json
+
+from neft_utils.base.paths import BASE
+from neft_utils.base.steps import CHAIN
+
+
+def estimate(profile, paths):
+    """[(phase, steps, tokens, seconds of one worker)] from sizes and the profile's speeds."""
+    manifest = paths.processed / "manifest.json"
+    # Until rows are there to count: typical rows fill 0.6 of what they may have at most.
+    total = response = profile.speed.example_tokens or 0.6 * profile.data.max_tokens
+    if manifest.exists():
+        lengths = json.loads(manifest.read_text("utf-8"))["lengths"]
+        total, response = (lengths["test"][name]["p50"] for name in ("total", "response"))
+    speed, runs = profile.speed, profile.runs()
+    models = [(BASE, 0), *runs]
+    start = speed.notebook_start
+    once = sum(not step.per_run for step in CHAIN)
+    rows, asked = profile.data, profile.evaluate
+    train = sum(
+        rows.train_rows * profile.data_fraction(arm) * profile.recipe(arm).epochs * total
+        for arm, _ in runs
+    )
+    scored_train = min(asked.train_rows or rows.train_rows, rows.train_rows)
+    fixed = scored_train + rows.validation_rows + rows.test_rows
+    checks = len(runs) * (profile.train.epochs + 1) * rows.validation_rows * total
+    scored = len(models) * (fixed * total + rows.ood_rows * 300) + checks
+    answering = sum(profile.answers(*model) for model in models)
+    prompts = asked.answer_prompts + asked.answer_prompts_without_penalty
+    prompts += len(asked.shown_prompts) + asked.alpaca_eval_prompts
+    longer = 2 * asked.length_arm_prompts
+    length = min(1.5 * response, asked.max_new_tokens)
+    answers = answering * (prompts + longer) * length
+    measuring = sum(profile.secondary(*model) for model in models)
+    extra = asked.train_answer_prompts + 3 * asked.verifiable_per_family
+    # Options of a multiple-choice item add up to about 250 tokens; six passes over stability rows.
+    passes = len(asked.benchmarks) * asked.benchmark_items * 250 + 6 * asked.stability_rows * total
+    # Options times 400 tokens of examples and question.
+    passes += len(asked.leaderboard) * asked.leaderboard_items * 4 * 400
+    measured = measuring * (passes + extra * length)
+    seconds = measuring * (passes / speed.forward + extra * length / speed.answers)
+    return [
+        ("prepare, explain, compare", once, 0, once * start + 60),
+        ("fine-tune", len(runs), train, len(runs) * start + train / speed.train),
+        ("score losses", len(models), scored, len(models) * start + scored / speed.forward),
+        ("answer prompts", answering, answers, answers / speed.answers),
+        ("secondary measures", measuring, measured, seconds),
+    ]

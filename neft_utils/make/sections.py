@@ -1,0 +1,196 @@
+"""The numbers of the report's index as HTML: verdict, ledger, table, figures, runs, provenance.
+
+Every function says what is missing, and how to have it, instead of failing.
+"""
+
+import base64
+import html
+import json
+import re
+import urllib.parse
+
+import pandas as pd
+
+from neft_utils.base.files import read_json
+from neft_utils.base.steps import CHAIN
+from neft_utils.compare.metrics import METRICS
+from neft_utils.compare.tables import digits_of, main_markdown, show
+from neft_utils.make.pages import image, markdown
+
+
+def missing(what, remedy):
+    return f'<p class="muted">No {what} here: {remedy}.</p>'
+
+
+def _number(value, digits):
+    """A number as text; whatever else stands there, escaped."""
+    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+        return show(value, digits)
+    return html.escape(str(value))
+
+
+def _estimate(row):
+    """(estimate, interval, unit) of a claim as safe text, "–" where it has none."""
+    unit = str(row.get("unit", ""))
+    digits, ends = digits_of(unit), (row.get("ci_low"), row.get("ci_high"))
+    if row.get("estimate") is None:
+        return "–", "", ""
+    interval = ""
+    if ends[0] is not None and ends[0] != ends[1]:
+        low, high = (_number(one, digits) for one in ends)
+        interval = f'<span class="together">[{low}, {high}]</span>'
+    return _number(row["estimate"], digits), interval, html.escape(unit)
+
+
+def _safe(row, key):
+    return html.escape(str(row.get(key) or ""))
+
+
+def verdict(claims, source):
+    row = next((one for one in claims or [] if one.get("id") == "confirmatory"), None)
+    if row is None:
+        return missing("confirmatory verdict", "run make reproduce, which ends with it")
+    estimate, interval, unit = _estimate(row)
+    said = _safe(row, "verdict")
+    metric = METRICS.get(row.get("metric"), ("", ""))[1] or _safe(row, "metric")
+    figure = _figure(source / "figures" / "05_confirmatory.png")
+    return f"""<div class="verdict">
+<p><em>{_safe(row, "claim")}</em> <strong>{said[:1].upper() + said[1:]}.</strong></p>
+<p><span class="number">{estimate} {interval}</span> {unit}: {_safe(row, "contrast")},
+{metric}; mean over paired seeds and its 95 % interval.</p>
+</div>
+{figure or missing("figure of the paired seeds", "run make figures")}"""
+
+
+def main_table(path):
+    if not path.exists():
+        return missing("table of results", "run make reproduce or make figures")
+    try:
+        main = pd.read_csv(path)
+        names = [n for m in METRICS for n in (m, f"{m}_ci_low", f"{m}_ci_high")]
+        main = main.reindex(columns=["arm", *names, "n_seeds"]).dropna(subset="arm")
+        numbers = main[[*names]].apply(pd.to_numeric)
+        main = main.assign(**numbers, arm=main.arm.map(_one_cell))
+        return f'<div class="numbers">{markdown(main_markdown(main))}</div>'
+    except (ValueError, pd.errors.ParserError) as error:
+        raise ValueError(f"{path.name} is no table ({error}): run make figures") from None
+
+
+def _one_cell(name):
+    """A name as literal text of one Markdown cell."""
+    return re.sub(r"([\\`*_{}\[\]()#+!|<>~$&-])", r"\\\1", " ".join(str(name).split()))
+
+
+def ledger(claims):
+    if not claims:
+        return missing("ledger of claims", "run make reproduce or make figures")
+    heads = ("Claim", "Verdict", "Treatment - control [95&nbsp;% interval]", "Paper; note on ours")
+    rows = []
+    for row in claims:
+        estimate, interval, unit = _estimate(row)
+        what = f"<code>{_safe(row, 'metric')}</code>, {_safe(row, 'contrast')}"
+        number = f"<strong>{estimate}</strong> {interval} {unit}"
+        cells = [_safe(row, "claim"), _safe(row, "verdict")]
+        cells.append(f"{number}<br>{what}" if row.get("contrast") else number)
+        note = f'<br><span class="muted">{_safe(row, "note")}</span>'
+        cells.append(_safe(row, "paper") + note)
+        rows.append("".join(f'<td class="text">{cell}</td>' for cell in cells))
+    return _table(heads, rows)
+
+
+def _table(heads, rows):
+    head = "".join(f"<th>{one}</th>" for one in heads)
+    body = "".join(f"<tr>{row}</tr>\n" for row in rows)
+    return (
+        f'<div class="scroll" tabindex="0"><table class="wide"><thead><tr>{head}</tr></thead>\n'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _figure(path, caption=""):
+    """A figure with the alternative text that its PNG carries; "" where there is none."""
+    if not path.exists():
+        return ""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as picture:
+            alt = picture.info.get("Description") or f"Figure {path.stem}"
+    except (UnidentifiedImageError, OSError):
+        return missing(f"readable figure {html.escape(path.name)}", "run make figures")
+    shown = image(base64.b64encode(path.read_bytes()).decode(), alt)
+    return f"<figure>{shown}<figcaption>{html.escape(alt)} {caption}</figcaption></figure>"
+
+
+def figures(source, pages):
+    found = []
+    for path in sorted(source.glob("figures/*.png")):
+        if path.stem == "05_confirmatory":  # it stands beside the verdict
+            continue
+        home = next((n for n, p in pages.items() if p["step"][:2] == path.stem[:2]), None)
+        caption = _link(home, f"Notebook {path.stem[:2]}") if home else ""
+        found.append(_figure(path, caption))
+    return found or [missing("figures", "run make figures")]
+
+
+def _link(name, text):
+    return f'<a href="{urllib.parse.quote(name)}">{html.escape(text)}</a>'
+
+
+def notebooks(pages):
+    if not pages:
+        return missing("executed notebooks", "run make reproduce")
+    chain = {name: page for name, page in pages.items() if "__" not in name}
+    rows = [
+        f"<td>{_link(name, page['title'])}</td><td class='text'>{markdown(page['claim'])}</td>"
+        for name, page in chain.items()
+    ]
+    return _table(("Notebook", "The claim that it tests"), rows)
+
+
+def runs(pages):
+    """One row per run: its pages of the notebooks that run once per arm and seed."""
+    found = {}
+    for name, page in pages.items():
+        if page["run"]:
+            found.setdefault(page["run"], {})[page["step"]] = name
+    if not found:
+        return missing("executed runs", "run make reproduce")
+    rows = []
+    for run, pages_of in sorted(found.items()):
+        steps = [step for step in CHAIN if step.per_run]
+        cells = [_link(pages_of[s.stem], s.label) if s.stem in pages_of else "–" for s in steps]
+        row = [f"<code>{html.escape(run)}</code>", *cells]
+        rows.append("".join(f"<td>{cell}</td>" for cell in row))
+    return _table(("Run (arm, seed)", "Fine-tuning", "Evaluation"), rows)
+
+
+def provenance(source):
+    """Table of commit, versions, machine, time and memory, from the runs' own files."""
+    about = [read_json(path) for path in sorted(source.glob("runs/*/provenance.json"))]
+    if not about:
+        return missing("provenance", "run make reproduce")
+    scored = [read_json(path) for path in sorted(source.glob("runs/*/scores.json"))]
+    every = about + [one.get("provenance", {}) for one in scored]
+    # The untrained model's only file of provenance is that of its evaluation.
+    counted = {json.dumps(one): one for one in every}.values()
+
+    def values(key):
+        return sorted({str(one[key]) for one in every if one.get(key) is not None})
+
+    versions = sorted({f"{k} {v}" for one in every for k, v in one.get("versions", {}).items()})
+    commits = [one[:12] for one in values("commit")]
+    if any(one.get("dirty") for one in every):
+        commits.append("with uncommitted changes")
+    facts = {
+        "Commit": ", ".join(commits) or "unknown",
+        "Runs": f"{len(about)}, {len(scored)} of them evaluated",
+        "Machine": "; ".join(values("device")),
+        "Threads a run": ", ".join(values("threads")),
+        "Time": f"{sum(one.get('seconds') or 0 for one in counted) / 60:.0f} minutes in all runs",
+        "Memory": f"{max(one.get('peak_memory_gb') or 0 for one in every):.1f} GB a run at most",
+        "Versions": "Python " + ", ".join([*values("python"), *versions]),
+        "Last finished": max(values("finished"), default="unknown"),
+    }
+    rows = [f"<th>{k}</th><td class='text'>{html.escape(v)}</td>" for k, v in facts.items()]
+    return _table((), rows)
