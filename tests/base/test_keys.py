@@ -40,7 +40,7 @@ def keys(profile):
 def test_prose_comments_and_docstrings_do_not_change_a_key(sandbox):
     profile = load_profile("nano")
     before = keys(profile)
-    edit(sandbox / "notebooks/03_finetune_qlora.ipynb", "## What is trained, and", "## What we train, and")
+    edit(sandbox / "notebooks/03_finetune_qlora.ipynb", "## What is trained,", "## What we train,")
     edit(sandbox / "neft_utils/train/trainer.py", "SFTTrainer, faster", "SFTTrainer, quicker")
     edit(sandbox / "neft_utils/noise.py", "\nimport math\n", "\n# a comment\nimport math\n")
     edit(sandbox / "requirements.txt", "# models;", "# the models;")

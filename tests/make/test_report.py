@@ -14,13 +14,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from neft_utils.evaluate.scoring import ITEM_COLUMNS
 
 from neft_utils.base.files import ROOT
 from neft_utils.base.paths import NOTEBOOKS, REFERENCE, STEPS, Paths
 from neft_utils.base.read_profile import load_profile
 from neft_utils.base.strict import ConfigError
 from neft_utils.compare import plots
+from neft_utils.evaluate.scoring import ITEM_COLUMNS
 from neft_utils.make import pages
 from neft_utils.make.report import report
 
