@@ -19,13 +19,16 @@ EVIDENCE = ("cpu-long", "cpu")  # profiles whose reference speaks where the read
 def beside(paths, name, measure, unit="nats/token"):
     """A measure of a results file beside the same measure of the reference run's file.
 
-    paths: config.Paths; name: a CSV file below the profile's results; measure: its DataFrame ->
+    paths: base.paths.Paths; name: a CSV file below the profile's results; measure: its DataFrame ->
     Series of numbers; unit: one of TOLERANCES. Returns a DataFrame, one row per number, with
-    columns here, expected, tolerance and verdict: "as expected", "outside", or "no reference".
+    columns here, expected, tolerance and verdict: "as expected", "outside", or "no reference" for
+    a number that the reference lacks; the column here alone where it has no such file.
     """
     here = measure(pd.read_csv(paths.results / name))
     stored = Paths(paths.profile, REFERENCE).results / name
-    expected = measure(pd.read_csv(stored)) if stored.exists() else pd.Series(dtype=float)
+    if not stored.exists():
+        return pd.DataFrame({"here": here})
+    expected = measure(pd.read_csv(stored))
     table = pd.DataFrame({"here": here, "expected": expected.reindex(here.index)})
     table["tolerance"] = f"± {TOLERANCES[unit]:g} {unit}"
     near = (table.here - table.expected).abs() <= TOLERANCES[unit]
@@ -37,7 +40,7 @@ def beside(paths, name, measure, unit="nats/token"):
 def same_files(paths, manifest):
     """A sentence: whether notebook 1 wrote the very files of the reference run (sha256).
 
-    manifest: what `data.prepare` returns, or manifest.json. The rows depend on pinned sources
+    manifest: what `splits.write_splits` returns, or manifest.json. The rows depend on pinned sources
     and code alone, so the tolerance is none.
     """
     stored = read_json(Paths(paths.profile, REFERENCE).results / "manifest.json")
