@@ -40,8 +40,8 @@ def beside(paths, name, measure, unit="nats/token"):
 def same_files(paths, manifest):
     """A sentence: whether notebook 1 wrote the very files of the reference run (sha256).
 
-    manifest: what `splits.write_splits` returns, or manifest.json. The rows depend on pinned sources
-    and code alone, so the tolerance is none.
+    manifest: what `splits.write_splits` returns, or manifest.json. The rows depend on pinned
+    sources and code alone, so the tolerance is none.
     """
     stored = read_json(Paths(paths.profile, REFERENCE).results / "manifest.json")
     if stored is None:
