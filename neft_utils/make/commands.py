@@ -112,12 +112,13 @@ def check(arguments):
     if arguments.machine:
         return
     from neft_utils.base.quiet import quiet_libraries
+
+    quiet_libraries()  # before bitsandbytes is imported, which says what its build lacks
     from neft_utils.data import sources
     from neft_utils.make.rows import rows_of
     from neft_utils.train.base_models import check_model
     from neft_utils.train.encoding import count_tokens
 
-    quiet_libraries()
     _, tokenizer = check_model(profile)
     files, count = sources.source_files(profile.data), count_tokens(tokenizer)
     made, _ = rows_of(profile.data, profile.all_seeds(), count, **files)

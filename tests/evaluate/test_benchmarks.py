@@ -354,12 +354,11 @@ def refuse(*args, **kwargs):
     raise OSError("no network in this test")
 
 socket.socket.connect = socket.getaddrinfo = refuse
+from neft_utils.base.quiet import quiet_libraries
+quiet_libraries()
 from neft_utils.evaluate import benchmarks
 from neft_utils.train import base_models as model
 from neft_utils.base.profiles import Model
-from neft_utils.base.quiet import quiet_libraries
-
-quiet_libraries()
 nano = Model(source="nano", base_weights="bf16")
 base, tokenizer, before = model.load_base(nano), model.load_tokenizer(nano), dict(os.environ)
 benchmarks.score(base, tokenizer, ["siqa", "asdiv"], 2, generate=True)
