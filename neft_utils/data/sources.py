@@ -56,7 +56,7 @@ def source_files(data_config):
 def load_source(config, sharegpt_json=None):
     """(what the rows are, rows, {name: sha256} of what they were read from). Raises DataError.
 
-    config: config.Data. A row has id, prompt and response.
+    config: profiles.Data. A row has id, prompt and response.
     """
     if config.source == "sharegpt":
         rows = _sharegpt_rows(sharegpt_json)

