@@ -35,7 +35,8 @@ class Step:
     # and change (what the arm changes); none: the whole profile.
     depends: tuple[str, ...] = ()
     facts: bool = False  # its key depends on neft_utils/facts too
-    per_run: bool = False  # once per arm and seed, on the profile's device
+    per_run: bool = False  # once per arm and seed
+    on_device: bool = False  # on the profile's device, which may be a GPU; the others on a CPU
     loads_model: bool = False  # as much memory as a run; the others take little
     figures: bool = False  # `make figures` does it again
 
@@ -76,6 +77,7 @@ CHAIN = (
         writes=(*ABOUT, f"{RUN}/train_log.csv", f"{RUN}/noise.json", WEIGHTS),
         depends=("model", "train", "change", "seed"),
         per_run=True,
+        on_device=True,
         loads_model=True,
     ),
     Step(
@@ -89,6 +91,7 @@ CHAIN = (
         writes=(*(f"{RUN}/{name}" for name in _ITEMS), SCORES),
         depends=("model", "evaluate", "arm", "change", "seed"),
         per_run=True,
+        on_device=True,
         loads_model=True,
     ),
     Step(
