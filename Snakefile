@@ -45,6 +45,12 @@ def neft(name, *words):
     return " ".join(["python -m neft_utils", name, *words, named])
 
 
+def asks(step):
+    """Resources of a job of the step."""
+    wanted = {"mem_mb": MEMORY if step.loads_model else LIGHT}
+    return wanted | ({"gpu": GPUS} if step.on_device else {})
+
+
 def key(number):
     def of(wildcards):
         seed = wildcards.get("seed")
@@ -87,7 +93,7 @@ rule:
     name: PREPARE.rule
     output: files(PREPARE.writes), executed(PREPARE),
     params: key=key(PREPARE.number),
-    resources: mem_mb=MEMORY,
+    resources: **asks(PREPARE),
     shell: neft("notebook", str(PREPARE.number))
 
 
@@ -96,7 +102,7 @@ rule:
     input: of_a_run(FINETUNE.reads),
     output: of_a_run(FINETUNE.writes), executed(FINETUNE, "{arm}", "{seed}"),
     params: key=key(FINETUNE.number),
-    resources: mem_mb=MEMORY, gpu=GPUS,
+    resources: **asks(FINETUNE),
     threads: THREADS,
     priority: 1
     shell: neft("notebook", str(FINETUNE.number), RUN)
@@ -122,7 +128,7 @@ rule:
         lambda wildcards: stored(wildcards.arm, int(wildcards.seed)),
     output: of_a_run(EVALUATE.writes), executed(EVALUATE, "{arm}", "{seed}"),
     params: key=key(EVALUATE.number),
-    resources: mem_mb=MEMORY, gpu=GPUS,
+    resources: **asks(EVALUATE),
     threads: THREADS,
     shell: neft("notebook", str(EVALUATE.number), RUN)
 
@@ -132,7 +138,7 @@ rule evaluate_base:
     input: DATA, stored(BASE, 0),
     output: files([*EVALUATE.writes, *steps.ABOUT], [(BASE, 0)]), executed(EVALUATE, BASE, 0),
     params: key=step_key(PROFILE, EVALUATE.number, BASE, 0),
-    resources: mem_mb=MEMORY, gpu=GPUS,
+    resources: **asks(EVALUATE),
     threads: THREADS,
     shell: neft("notebook", str(EVALUATE.number), f"--arm {BASE} --seed 0")
 
@@ -146,7 +152,5 @@ for step in steps.CHAIN:
             output: files(step.writes), executed(step),
             # The command is put together when the loop is over: the number goes through params.
             params: key=key(step.number), number=step.number,
-            resources:
-                mem_mb=MEMORY if step.loads_model else LIGHT,
-                gpu=GPUS if step.trains else 0,
+            resources: **asks(step),
             shell: neft("notebook", "{params.number}")

@@ -36,7 +36,7 @@ class Step:
     depends: tuple[str, ...] = ()
     facts: bool = False  # its key depends on neft_utils/facts too
     per_run: bool = False  # once per arm and seed
-    trains: bool = False  # on the profile's device, where per_run does not say so
+    on_device: bool = False  # on the profile's device, which may be a GPU; the others on a CPU
     loads_model: bool = False  # as much memory as a run; the others take little
     figures: bool = False  # `make figures` does it again
 
@@ -77,6 +77,7 @@ CHAIN = (
         writes=(*ABOUT, f"{RUN}/train_log.csv", f"{RUN}/noise.json", WEIGHTS),
         depends=("model", "train", "change", "seed"),
         per_run=True,
+        on_device=True,
         loads_model=True,
     ),
     Step(
@@ -90,6 +91,7 @@ CHAIN = (
         writes=(*(f"{RUN}/{name}" for name in _ITEMS), SCORES),
         depends=("model", "evaluate", "arm", "change", "seed"),
         per_run=True,
+        on_device=True,
         loads_model=True,
     ),
     Step(
@@ -123,7 +125,7 @@ CHAIN = (
         after=(2,),
         reads=MANIFESTS[:1],  # not read, but step 1 fetches the model, and two would at once
         loads_model=True,
-        trains=True,
+        on_device=True,
     ),
     Step(
         90,
