@@ -18,7 +18,7 @@ ROOT = PACKAGE.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 PROJECT = PYPROJECT["project"]
 # Pins that only tests and lint use: whoever runs those has a clone, and `make env`.
-FOR_TESTS = {"nbclient", "nbformat", "pytest", "pytest-xdist", "hypothesis", "ruff"}
+FOR_TESTS = {"nbclient", "nbformat", "pytest", "pytest-xdist", "hypothesis", "ruff", "statsmodels"}
 TRIED_OLDER = {"torch": (2, 11)}  # the lab has run with it, on the GPU: results/reference/gpu-small
 
 
