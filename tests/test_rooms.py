@@ -145,3 +145,14 @@ def test_importing_the_package_changes_nothing_of_others():
     has_vllm = importlib.util.find_spec("vllm") is not None
     expected = [] if has_vllm else ["neft_utils.evaluate.vllm.worker needs vllm"]
     assert quiet(*sorted(files)) == expected
+
+
+@pytest.mark.parametrize(
+    "name", ["base.keys", "compare.results", "make.commands", "make.promotion", "make.readme"]
+)
+def test_commands_that_train_nothing_load_no_torch(name):
+    """They answer at once, and say nothing of libraries that they do not need."""
+    heavy = {"torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "lm_eval"}
+    code = f"import sys, neft_utils.{name}; print({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -28,7 +28,10 @@ from neft_utils.make import preflight
 ONEDNN = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
 # On some processors bitsandbytes says at import that it found no kernel hub: no reader needs one.
 _ERRORS_ONLY = "__import__('logging').getLogger('bitsandbytes').setLevel('ERROR')"
-QUIET = {"extra_arguments": [f"--IPKernelApp.exec_lines={_ERRORS_ONLY}"]}
+# At its end a kernel is interrupted, and a slow one says so as if that were an error (level 40).
+QUIET = {
+    "extra_arguments": [f"--IPKernelApp.exec_lines={_ERRORS_ONLY}", "--IPKernelApp.log_level=50"]
+}
 
 
 def one_line(error):

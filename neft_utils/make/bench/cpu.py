@@ -29,9 +29,6 @@ from neft_utils.make.bench.shared import (
     trl_trainer,
     with_range,
 )
-from neft_utils.train.base_models import load_base, load_tokenizer
-from neft_utils.train.encoding import encode
-from neft_utils.train.folders import model_folder
 
 # For one row of TRL: glibc keeps freed memory in the process, so that the kernel need not clear
 # it again. It matters where tensors of hundreds of megabytes come and go, as padded logits do.
@@ -206,6 +203,9 @@ def _process(task):
     from neft_utils.base.profiles import Train
     from neft_utils.base.read_profile import load_profile
     from neft_utils.data import splits
+    from neft_utils.train.base_models import load_base, load_tokenizer
+    from neft_utils.train.encoding import encode
+    from neft_utils.train.folders import model_folder
 
     row, profile = Row(**task["row"]), load_profile(task["profile"])
     torch.set_num_threads(row.threads)
