@@ -60,6 +60,8 @@ def hub(repositories):
                 ]
                 body = json.dumps(entries).encode()
                 return self.reply(200, body, Content_Type="application/json")
+            if not (folder / rest).is_file():
+                return self.reply(404, X_Error_Code="EntryNotFound")
             body = (folder / rest).read_bytes()
             tag = f'"{hashlib.sha1(body).hexdigest()}"'
             return self.reply(200, body, ETag=tag, X_Repo_Commit=COMMIT)
