@@ -120,10 +120,16 @@ def nf4_config():
 def dequantized(model):
     """A 4-bit model with its linear layers in bf16, each weight at its NF4 value; changed in place.
 
-    Returns the model. transformers' `dequantize` leaves marks behind by which TRL still takes the
-    model for a 4-bit one and `save_pretrained` refuses it: they are cleared here.
+    Returns the model, which nothing takes for a 4-bit one any more.
     """
-    model = model.dequantize()
+    return _unmarked(model.dequantize())
+
+
+def _unmarked(model):
+    """Clear what transformers leaves on a model whose weights are plain again, a GGUF's too.
+
+    By these marks TRL still takes it for a 4-bit one, and `save_pretrained` refuses it.
+    """
     for owner in (model, model.config):
         for name in ("quantization_config", "hf_quantizer", "_pre_quantization_dtype"):
             if hasattr(owner, name):
@@ -133,7 +139,7 @@ def dequantized(model):
 
 
 def _save(model, tokenizer, folder):
-    model.to(torch.bfloat16).save_pretrained(folder)
+    _unmarked(model).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
