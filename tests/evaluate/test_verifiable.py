@@ -266,7 +266,7 @@ def watch(event, args):
         raise OSError("no network here")
 sys.addaudithook(watch)
 random.seed(int(sys.argv[1]))
-from neft_utils.verifiable import check, compose
+from neft_utils.evaluate.verifiable import check, compose
 rows, texts = json.load(sys.stdin)
 items = compose(rows, 12, seed=3)
 correct = [check(items, [text] * len(items)).correct.tolist() for text in texts]

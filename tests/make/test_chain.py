@@ -400,7 +400,9 @@ def test_results_of_edited_or_unknown_or_older_code_are_not_promoted(repository)
     done = neft(folder, "promote", "--profile", "nano")
     assert done.returncode == 0, done.stderr
     shutil.rmtree(folder / "results" / "reference" / "nano")
-    with open(folder / "neft_utils" / "compare" / "metrics.py", "a", encoding="utf-8") as file:
+    with open(
+        folder / "neft_utils" / "evaluate" / "text_metrics.py", "a", encoding="utf-8"
+    ) as file:
         file.write("EDITED = True\n")
     git(folder, "commit", "-q", "-a", "-m", "edited")
     refused(folder, "run base-s0 is older than the code: run make reproduce")
