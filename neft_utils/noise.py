@@ -229,9 +229,11 @@ def _layout(ids, context, pad=None, pad_is_end=False, masked_out=None):
         tail = real & unlabelled & (passed - base[of] == total)
         pads = tail & (total == 0)  # whole documents of it
         if pad is None:
-            pads &= k != k[cell - column]  # behind another one only: a guess
+            # A guess: only at the end of the row, and behind another one.
+            rest = (~unlabelled).view(batch, width).flip(1).cumsum(1).flip(1).reshape(-1)
+            pads &= (rest == 0) & (k != k[cell - column])
         elif labels is not None:
-            pads |= tail & tail[previous] & ~first if pad_is_end else tail
+            pads |= tail & alike[previous] & ~first if pad_is_end else tail
         real = real & ~pads
         count, previous, first, k, inner = begins(real)
         if pad is not None:
@@ -607,6 +609,7 @@ class EmbeddingNoise:
             return
         padding, inner, pieces = self._counts.tolist()
         if pieces:
+            self._counts[2] = 0
             raise RuntimeError(
                 f"{pieces} sequences begin in their middle (position_ids or cu_seq_lens_q of"
                 " another row): each process or forward has only a piece of them, so their lengths"
@@ -788,9 +791,9 @@ def _refuse_second_noise(embedding):
     while forward is not None and getattr(forward, "__self__", None) is not embedding:
         library = getattr(getattr(forward, "func", forward), "__module__", None) or ""
         if library.split(".")[0] not in ("accelerate", "transformers", "torch", "peft"):
-            name = getattr(forward, "__qualname__", forward)
+            which = getattr(forward, "__qualname__", forward)
             raise RuntimeError(
-                f"the embedding's forward was replaced by {name}, which may add noise of its own and"
+                f"the embedding's forward was replaced by {which}, which may add noise too and"
                 " double it: take it off with `del model.get_input_embeddings().forward`"
             )
         forward = getattr(forward, "__wrapped__", None)

@@ -204,13 +204,20 @@ FAMILIES = {
     "GPT2": ("GPT2", {}),  # a second embedding, of positions
     "Gemma": ("Gemma", {}),  # scaled inside the embedding
 }
-# Without an id of padding nothing tells these from documents.
+# Without an id of padding nothing tells these from documents, and where it is the id of the end
+# as well, a document that has no end (like ours) keeps the first of its padding.
 NEEDS_PAD_ID = {
     "padded, labels and no mask",
     "row, padding at position 0",
     "row, padding as one document",
     "row, padding that counts on",
     "row, padding as a document of cu_seq_lens_q",
+    "row, each document padded",
+    "TRL packed bfd",  # ends with a document of one token, which looks like padding
+}
+NEEDS_AN_END = {
+    "padded, labels and no mask",
+    "row, padding that counts on",
     "row, each document padded",
 }
 
@@ -271,6 +278,8 @@ def noise_of(model, batch):
 def test_every_layout_gets_the_noise_of_its_sequences(layout, family):
     if family == "Llama, no pad" and layout in NEEDS_PAD_ID:
         pytest.skip("padding has no id here")
+    if family == "Llama, pad is eos" and layout in NEEDS_AN_END:
+        pytest.skip("our documents have no end")
     batch = LAYOUTS[layout]()
     lengths = batch.pop("LENGTHS", LENGTHS)
     kept = batch.pop("REAL", batch["input_ids"] != 0).bool()
@@ -294,6 +303,19 @@ def test_padding_shifts_no_later_draw(layout):
         if batch is ROW:
             wanted = after
     assert torch.equal(after, wanted)
+
+
+def test_an_end_that_is_the_paddings_id_too_is_kept_and_padding_behind_it_is_not():
+    model = model_of("Llama, pad is eos")
+    ids = torch.tensor([[5, 6, 7, 0, 5, 6, 0, 0, 0, 0]])  # "5 6 7 end", "5 6 end", padding
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]])
+    wanted = real(drawn(Toy(32), step=0, **ragged([4, 3])), ragged([4, 3]))
+    for labelled_end in (True, False):
+        labels = ids.clone()
+        labels[0, [0, 4, 7, 8, 9]] = -100
+        labels[0, [3, 6]] = 0 if labelled_end else -100
+        noise = noise_of(model, {"input_ids": ids, "position_ids": positions, "labels": labels})
+        assert torch.equal(noise[0, :7], wanted) and not noise[0, 7:].any()
 
 
 def drawn_within(model, noise):

@@ -229,7 +229,7 @@ def test_transformers_own_argument_beside_the_callback_is_an_error(tmp_path):
 
 
 def test_two_callbacks_on_one_model_are_an_error(tmp_path):
-    with pytest.raises(RuntimeError, match="removed during training"):
+    with pytest.raises(RuntimeError, match="attached already"):
         trained(tmp_path, extra=[NEFTuneCallback(5.0)])
 
 
