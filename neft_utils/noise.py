@@ -42,7 +42,7 @@ DISTRIBUTIONS = ("uniform", "gaussian", "rademacher")
 LENGTHS = ("sequence", "padded", "packed")
 WHERE = ("all", "text", "prompt", "response")
 _CU = ("cu_seq_lens_q", "cu_seqlens_q", "cu_seq_lens", "cu_seqlens")
-_LAYOUT = ("attention_mask", "position_ids", "seq_idx", "past_key_values", "use_cache")
+_LAYOUT = ("attention_mask", "position_ids", "seq_idx", "past_key_values", "cache", "use_cache")
 _DECODER = ("decoder_attention_mask", "decoder_position_ids")
 _CONTEXT = (*_CU, *_LAYOUT, *_DECODER, "labels", "input_ids", "inputs_embeds", "token_type_ids")
 _SPECIAL, _MEDIA = ("pad", "eos", "bos", "decoder_start"), ("image", "video", "audio")
@@ -147,7 +147,7 @@ def _layout(ids, context, pad=None, pad_is_end=False, masked_out=None):
     it ends or begins sequences as well; masked_out: more cells to leave out, flat, bool.
     Returns flat tensors of batch·width cells: real (bool), k (sequence number, empty ones
     not counted), t (position among the real tokens), length (L of the token's sequence) and
-    first (bool, true at each sequence's first token), and four counts: padding without a mask,
+    first (bool, true at each sequence's first token), and three counts: padding without a mask,
     documents inside a row, and sequences that begin in their middle. What the cells hold is
     decided on the device, sizes depend on batch·width alone, so nothing waits for the device.
     """
@@ -260,7 +260,7 @@ def _check_mask(mask, shape, context):
     size = tuple(mask.shape) if is_tensor and len(mask) in (1, batch) else ()
     told = any(name in context for name in (*_CU, "seq_idx", "position_ids"))
     if len(size) == 2:
-        known = size[1] == width or (size[1] > width and "past_key_values" in context)
+        known = size[1] == width or (size[1] > width and _past(context) is not None)
     elif len(size) == 4:
         known = told and size[2] == width <= size[3]
     else:
@@ -516,8 +516,8 @@ class EmbeddingNoise:
         if torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 "the embedding was called again during backward: checkpoint the decoder layers"
-                " (model.gradient_checkpointing_enable()), not the embedding, or noise would"
-                " be drawn twice"
+                " (model.gradient_checkpointing_enable(), activation_checkpointing_enable() from"
+                " transformers 5.24 on), not the embedding, or noise would be drawn twice"
             )
         if not self._frames:
             raise RuntimeError(
@@ -547,9 +547,8 @@ class EmbeddingNoise:
         pad_is_end = any(pad in e if isinstance(e, list) else pad == e for e in ends)
         layout = _layout(ids, context, pad, pad_is_end, masked_out)
         real, k, t, own, first, counts = layout
-        if self.sides > 1 and batch % self.sides and batch > 1:
-            raise ValueError(f"sides={self.sides} needs that many rows or a multiple, not {batch}")
-        sequences = first.sum() // self.sides
+        sequences, uneven = first.sum() // self.sides, first.sum() % self.sides
+        counts = torch.cat([counts, uneven[None]])
         before = self._sequences.get(look_up, 0)
         k = (k % sequences.clamp(min=1) if self.sides > 1 else k) + before
         self._sequences[look_up] = before + sequences
@@ -607,7 +606,10 @@ class EmbeddingNoise:
         """Say what was counted on the device. It is waited for here, so this is done seldom."""
         if self._sums is None or self._sums.is_meta:
             return
-        padding, inner, pieces = self._counts.tolist()
+        padding, inner, pieces, uneven = self._counts.tolist()
+        if uneven:
+            self._counts[3] = 0
+            raise ValueError(f"sides={self.sides} needs that many sequences, or a multiple of it")
         if pieces:
             self._counts[2] = 0
             raise RuntimeError(
@@ -740,17 +742,23 @@ def _data_rank(model):
     return rank
 
 
+def _past(given):
+    """The cache of earlier tokens, which transformers 5.24 begins to call `cache`."""
+    return given.get("past_key_values", given.get("cache"))
+
+
 def _refuse_pieces(given, ids, output):
     """Refuse a look-up that holds only a piece of each sequence, or of each embedding."""
-    past = given.get("past_key_values")
-    if past is not None:
-        length = getattr(past, "get_seq_length", None)
-        cached = int(length()) if length else past[0][0].size(-2) if len(past) else 0
-        if cached:
-            raise RuntimeError(
-                f"past_key_values hold {cached} earlier tokens, so that this forward has only a"
-                " piece of each sequence: pass whole sequences, without a cache"
-            )
+    past = _past(given)
+    if hasattr(past, "get_seq_length"):
+        cached = int(past.get_seq_length())
+    else:
+        cached = past[0][0].size(-2) if isinstance(past, (list, tuple)) and past else 0
+    if cached:
+        raise RuntimeError(
+            f"the cache holds {cached} earlier tokens, so that this forward has only a piece of"
+            " each sequence: pass whole sequences, without past_key_values"
+        )
     if hasattr(output, "full_tensor") or output.shape[:2] != ids.shape:
         raise RuntimeError(
             f"the embedding gave {tuple(output.shape)} for token ids {tuple(ids.shape)} as a"

@@ -391,7 +391,7 @@ def test_later_chunks_of_a_sequence_are_refused_and_an_empty_cache_is_not():
     ids = torch.full((1, 8), 5)
     with noisy_embeddings(model):
         cache = model(input_ids=ids[:, :5], past_key_values=transformers.DynamicCache())
-        with pytest.raises(RuntimeError, match="past_key_values hold 5 earlier tokens"):
+        with pytest.raises(RuntimeError, match="cache holds 5 earlier tokens"):
             model(input_ids=ids[:, 5:], past_key_values=cache.past_key_values)
 
 

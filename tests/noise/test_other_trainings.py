@@ -4,7 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from test_noise import drawn, ragged, silenced, tiny
+from test_noise import drawn, packed, ragged, silenced, tiny
 from test_noise_trainers import ROWS, arguments, pad, quiet, tokenizer, trained
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
@@ -117,8 +117,12 @@ def test_sides_give_both_rows_of_a_pair_the_same_numbers():
     for bad in (0, 1.5, True):
         with pytest.raises((TypeError, ValueError), match="sides must be"):
             NEFTuneCallback(5.0, sides=bad)
-    with pytest.raises(ValueError, match="sides=2 needs that many rows"):
-        drawn(tiny(), options={"sides": 2}, **ragged([4, 3, 2]))
+    for odd in (ragged([4, 3, 2]), packed([4, 3, 2]) | {"use_cache": False}):
+        with pytest.raises(ValueError, match="sides=2 needs that many sequences"):
+            drawn(tiny(), options={"sides": 2}, **odd)
+    row = packed(chosen + rejected) | {"use_cache": False}
+    flat = drawn(silenced(tiny()), options={"sides": 2}, step=0, **row)
+    assert torch.equal(flat[0], whole[batch["attention_mask"].bool()])
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -162,6 +166,7 @@ def test_grpo_compares_noised_with_clean_probabilities(tmp_path, tokenizer, alph
             num_iterations=2,
             max_completion_length=8,
             beta=0.1,
+            epsilon=1e-3,  # of a model that has learned nothing all ratios are close to 1
             learning_rate=0.0,
             max_steps=2,
             logging_strategy="steps",
@@ -175,7 +180,7 @@ def test_grpo_compares_noised_with_clean_probabilities(tmp_path, tokenizer, alph
     first, second = [row for row in trainer.state.log_history if "kl" in row][:2]
     if not alpha:  # the learning rate is 0: the policy is the reference and the old policy
         assert first["kl"] == second["kl"] == 0
-        assert second["clip_ratio/region_mean"] == 0
+        assert first["clip_ratio/region_mean"] == second["clip_ratio/region_mean"] == 0
     else:
         assert min(first["kl"], second["kl"]) > 1e-4
-        print(first["kl"], second["kl"], second["clip_ratio/region_mean"])
+        assert min(row["clip_ratio/region_mean"] for row in (first, second)) > 0.1
