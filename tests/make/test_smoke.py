@@ -1,4 +1,4 @@
-"""The smoke chain: the real model and real rows at tiny sizes, then every notebook by hand."""
+"""The smoke chain: the real model and real rows at tiny sizes, then notebooks by hand."""
 
 import json
 
@@ -7,27 +7,42 @@ import pytest
 from chains import copy_of_the_repository, neft, surroundings
 from nbclient import NotebookClient
 
+from neft_utils.base.files import ROOT
+
+NOTEBOOKS = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
+LONG = ("01", "04", "06", "07")  # a minute each; the chain has run them with the same cells
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    folder = copy_of_the_repository(tmp_path_factory.mktemp("smoke"))
+    done = neft(folder, "reproduce", "--profile", "smoke", timeout=1800)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
 
 @pytest.mark.wheels
-def test_smoke_chain_then_every_notebook_by_hand(tmp_path, monkeypatch):
-    """Real model and data, then each notebook in Jupyter's way: own folder, defaults."""
-    folder = copy_of_the_repository(tmp_path)
-    done = neft(folder, "reproduce", "--profile", "smoke", timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
-    claims = json.loads((folder / "results/local/smoke/claims.json").read_text("utf-8"))
+def test_the_smoke_chain_trains_and_measures(smoke):
+    results = smoke / "results/local/smoke"
+    claims = json.loads((results / "claims.json").read_text("utf-8"))
     assert claims[0]["id"] == "confirmatory" and claims[0]["estimate"] is not None
     assert claims[0]["outcome"] == "not_testable"  # one seed
-    noise = json.loads(
-        (folder / "results/local/smoke/runs/neft_a15-s0/noise.json").read_text("utf-8")
-    )
+    noise = json.loads((results / "runs/neft_a15-s0/noise.json").read_text("utf-8"))
     assert noise["effective_alpha_p50"] == 15 and 0.1 < noise["relative_rms"] < 1
-    for name, value in surroundings(folder).items():
-        monkeypatch.setenv(name, value)
-    for path in sorted((folder / "notebooks").glob("*.ipynb")):
-        notebook = nbformat.read(path, as_version=4)
-        NotebookClient(
-            notebook,
-            timeout=600,
-            kernel_name="python3",
-            resources={"metadata": {"path": str(path.parent)}},
-        ).execute()
+
+
+@pytest.mark.wheels
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n[:2] in LONG else []) for n in NOTEBOOKS],
+)
+def test_a_notebook_runs_by_hand_with_its_defaults(smoke, name, monkeypatch):
+    """In Jupyter's way: from its own folder."""
+    for variable, value in surroundings(smoke).items():
+        monkeypatch.setenv(variable, value)
+    NotebookClient(
+        nbformat.read(smoke / "notebooks" / name, as_version=4),
+        timeout=900,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(smoke / "notebooks")}},
+    ).execute()
