@@ -129,7 +129,7 @@ def way_to_decode(model, longest, say=print):
     longest: tokens of the longest prompt with its answer. `say` is told which, if it is not the
     first. The last one is that path itself, the whole text anew for every token.
     """
-    kind, difference = inner_model(model).config.model_type, None
+    difference = None
     ways = {"one prompt at a time": _generate, "one prompt at a time, without a cache": _plainly}
     for name, way in {"in batches": _decode, **ways}.items():
         if way is _plainly:
@@ -139,11 +139,8 @@ def way_to_decode(model, longest, say=print):
             break
         difference = difference or found
     if difference:
-        once(
-            say,
-            f"{kind}: answers in batches differ from the model's own path ({difference}); it"
-            f" answers {name}, slower and right",
-        )
+        found = f"answers in batches differ from the model's own path ({difference});"
+        once(say, model, "answers", f"{found} it answers {name}, slower and right")
     return way
 
 

@@ -173,11 +173,8 @@ def make_fast(model, longest=0, say=print):
     inner.neft_apart = True
     if difference := agrees(model, longest, "losses", _together):
         _use(inner, inner.neft_attention)
-        once(
-            say,
-            f"{inner.config.model_type}: the fast path differs from the model's own attention"
-            f" ({difference}); one document is computed at a time, slower and right",
-        )
+        found = f"the fast path differs from the model's own attention ({difference});"
+        once(say, model, "losses", f"{found} one document is computed at a time, slower and right")
     else:
         _use(inner, ATTENTION)
         inner.neft_apart = False

@@ -22,7 +22,7 @@ TOLERANCE = 1e-3  # nats a token, in float32
 HALF_TOLERANCE, STRETCH = 0.15, 32
 FLOAT32_WEIGHTS = 1_000_000_000  # above, a copy in float32 costs more than it is worth
 SHORT, LONG = 17, 33  # tokens of the two documents, if the model has no window
-_KNOWN, _SAID = {}, set()  # what is asked -> its outcome; lines
+_KNOWN, _SAID = {}, set()  # what is asked -> its outcome; what was said
 
 
 def inner_model(model):
@@ -197,11 +197,12 @@ def _float32(weights):
             weight.data = values
 
 
-def once(say, line):
-    """Say a line that this process has not said yet."""
-    if line not in _SAID:
-        _SAID.add(line)
-        say(line)
+def once(say, model, question, line):
+    """Say what was found of a kind of model, once a process. The line begins with its name."""
+    config = inner_model(model).config
+    if (key := (config.to_json_string(), question)) not in _SAID:
+        _SAID.add(key)
+        say(f"{config.model_type}: {line}")
 
 
 def spans(offsets):
