@@ -1,7 +1,10 @@
 """Base and fine-tuned models in memory, and their tokenizers."""
 
+import copy
+
 import torch
-from transformers import AutoTokenizer
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from neft_utils.base.model_config import check_lengths
 from neft_utils.base.strict import ConfigError
@@ -79,7 +82,23 @@ def check_model(profile):
         if weight.is_floating_point() and not torch.isfinite(weight).all():
             raise ConfigError(f"{where} has weights that are not finite ({name}): get it again")
     check_lengths(profile, model.config.to_dict())
+    if profile.train.method == "lora":
+        _check_adapters(model)
     return model, tokenizer
+
+
+def _check_adapters(model):
+    """Raise ConfigError where PEFT has no adapter for a model's layers, as some of Mamba's."""
+    with torch.device("meta"):  # its shapes alone
+        shape = AutoModelForCausalLM.from_config(copy.deepcopy(model.config))
+    try:
+        get_peft_model(shape, LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM"))
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ConfigError(
+            f"model.source: PEFT has no adapters for this model, a {model.config.model_type}"
+            f" ({reason}): use train.method full with base_weights bf16, or another model"
+        ) from None
 
 
 @torch.no_grad()
