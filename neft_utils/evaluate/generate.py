@@ -6,13 +6,18 @@ would punish stopping in every arm, and length is what we measure. Padding: it w
 an answer depend on its neighbours in the batch.
 """
 
+import functools
 import math
 
 import torch
-from transformers import Cache, LogitsProcessor
+from transformers import Cache, GenerationConfig, LogitsProcessor
 from transformers.cache_utils import DynamicLayer
 
-from neft_utils.train.encoding import prompt_ids
+from neft_utils.base.model_config import position_limit
+from neft_utils.base.strict import ConfigError
+from neft_utils.train.attention import whole_mask
+from neft_utils.train.encoding import end_of_turn, prompt_ids
+from neft_utils.train.own_path import agrees, inner_model, once, own_attention, own_logits
 
 
 class RepetitionPenalty(LogitsProcessor):
@@ -30,10 +35,11 @@ class RepetitionPenalty(LogitsProcessor):
 
 
 def stop_ids(generation_config, tokenizer):
-    """Ids that end an answer: the tokenizer's end of turn and the model's own."""
+    """Ids that end an answer: the tokenizer's, the template's end of turn, and the model's own."""
     ids = generation_config.eos_token_id
     ids = ids if isinstance(ids, list) else [ids]
-    return sorted({tokenizer.eos_token_id, *(i for i in ids if i is not None)})
+    ends = {tokenizer.eos_token_id, end_of_turn(tokenizer)}
+    return sorted(ends | {i for i in ids if i is not None})
 
 
 class _Layer(DynamicLayer):
@@ -74,12 +80,15 @@ def answer(
     batch_size,
     repetition_penalty=1.2,
     min_new_tokens=0,
+    say=print,
 ):
     """Greedy answers to user prompts, in order: [{"n_tokens", "stopped", "text"}].
 
     n_tokens counts up to and including the first end of turn, `stopped` says whether there
     was one within `max_new_tokens`; before `min_new_tokens` there can be none. Prompts are
-    batched by length, padded on the left; rows that have ended leave the batch.
+    batched by length, padded on the left; rows that have ended leave the batch. Where that differs
+    from the model's own path, prompts are answered one by one, and `say` is told. Raises
+    ConfigError for an answer that would be longer than the model reads.
     """
     model.eval()
     stops = stop_ids(model.generation_config, tokenizer)
@@ -89,27 +98,131 @@ def answer(
     encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     out = [None] * len(encoded)
+    if not encoded:
+        return out
+    longest = max(map(len, encoded)) + max_new_tokens
+    limit = position_limit(inner_model(model).config.to_dict())
+    if limit is not None and longest > limit:
+        raise ConfigError(
+            f"evaluate.max_new_tokens {max_new_tokens} after a prompt of"
+            f" {longest - max_new_tokens} tokens exceeds the {limit} tokens that the model reads:"
+            " lower it"
+        )
+    decode = way_to_decode(model, longest, say)
     size = math.ceil(len(order) / max(1, math.ceil(len(order) / batch_size)))  # even batches
-    for begin in range(0, len(order), size or 1):
+    for begin in range(0, len(order), size):
         chosen = order[begin : begin + size]
         limits = min_new_tokens, max_new_tokens
-        new = _decode(model, [encoded[i] for i in chosen], limits, penalty, stops, tokenizer)
+        some, pad = [encoded[i] for i in chosen], tokenizer.pad_token_id
+        new = decode(model, some, limits, penalty, stops, pad)
         for i, tokens in zip(chosen, new, strict=True):
             out[i] = first_turn(tokenizer, tokens, stops)
     return out
 
 
-def _decode(model, prompts, limits, penalty, stops, tokenizer):
+# -------------------------------------------------------------------------- ways to decode
+
+
+def way_to_decode(model, longest, say=print):
+    """The fastest function like `_decode` that agrees with the model's own path.
+
+    longest: tokens of the longest prompt with its answer. `say` is told which, if it is not the
+    first. The last one is that path itself, the whole text anew for every token.
+    """
+    difference = None
+    ways = {"one prompt at a time": _generate, "one prompt at a time, without a cache": _plainly}
+    for name, way in {"in batches": _decode, **ways}.items():
+        if way is _plainly:
+            break
+        found = agrees(model, longest, name, functools.partial(_greedy, way))
+        if not found:
+            break
+        difference = difference or found
+    if difference:
+        found = f"answers in batches differ from the model's own path ({difference});"
+        once(say, model, "answers", f"{found} it answers {name}, slower and right")
+    return way
+
+
+def _greedy(way, model, documents):
+    """[(own, other)] for some new tokens of each document: their NLL, and the most likely one's."""
+    seen, count = [], 6
+
+    def look(ids, scores):
+        seen.append(scores.float().log_softmax(1))
+        return scores
+
+    prompts = [ids.tolist() for ids in documents]
+    new = way(model, prompts, (0, count), look, [], 0)
+    # (document, token, vocabulary), whether the documents went together or one after the other
+    seen = torch.stack(seen, 1) if len(seen) == count else torch.cat(seen).unflatten(0, (-1, count))
+    out = []
+    with own_attention(model):
+        for prompt, tokens, theirs in zip(prompts, new, seen, strict=True):
+            ids = torch.tensor(prompt + tokens)
+            places = torch.arange(len(prompt) - 1, len(ids) - 1)
+            own = own_logits(model, ids, places).log_softmax(1)
+            chosen = torch.tensor(tokens, device=own.device)[:, None]
+            out.append((own.gather(1, chosen)[:, 0], theirs.gather(1, chosen)[:, 0]))
+            out.append((own.amax(1), theirs.amax(1)))
+    return out
+
+
+def _generate(model, prompts, limits, penalty, stops, pad):
+    """As `_decode`, by the model's own `generate`, one prompt after the other."""
+    inner, new = inner_model(model), []
+    given = inner.generation_config
+    minimum = {"min_new_tokens": limits[0]} if limits[0] else {}
+    how = {"max_new_tokens": limits[1], "eos_token_id": stops or None, "pad_token_id": pad}
+    try:  # else what the model's own file asks for (penalties, sampling) would be mixed in
+        inner.generation_config = GenerationConfig(do_sample=False, **how, **minimum)
+        for prompt in prompts:
+            ids = torch.tensor([prompt], device=inner.get_input_embeddings().weight.device)
+            found = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=inner.generation_config,
+                logits_processor=[penalty] if penalty is not None else [],
+            )
+            new.append(found[0, len(prompt) :].tolist())
+    finally:
+        inner.generation_config = given
+    return new
+
+
+def _plainly(model, prompts, limits, penalty, stops, pad):
+    """As `_decode`, with the whole text anew for every token."""
+    new = []
+    for prompt in prompts:
+        ids = torch.tensor(prompt)
+        for count in range(limits[1]):
+            with own_attention(model):
+                logits = own_logits(model, ids, torch.tensor([len(ids) - 1]))
+            if penalty is not None:
+                logits = penalty(ids[None].to(logits.device), logits)
+            if count < limits[0]:
+                logits[:, stops] = -torch.inf
+            token = int(logits.argmax(1))
+            ids = torch.cat([ids, torch.tensor([token])])
+            if token in stops:
+                break
+        new.append(ids[len(prompt) :].tolist())
+    return new
+
+
+@whole_mask()
+def _decode(model, prompts, limits, penalty, stops, pad):
     """The new token ids of each prompt, at least up to its first stop id; limits: (min, max)."""
     min_new_tokens, max_new_tokens = limits
     device = next(model.parameters()).device
     width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width + max_new_tokens), tokenizer.pad_token_id)
+    ids = torch.full((len(prompts), width + max_new_tokens), pad)
     for row, tokens in enumerate(prompts):
         ids[row, width - len(tokens) : width] = torch.tensor(tokens)
     ids = ids.to(device)
     start = width - torch.tensor([len(tokens) for tokens in prompts], device=device)
-    columns, stop = torch.arange(ids.shape[1], device=device), torch.tensor(stops, device=device)
+    columns = torch.arange(ids.shape[1], device=device)
+    stop = torch.tensor(stops, dtype=torch.long, device=device)
     cache = Cache(layers=[_Layer(ids.shape[1]) for _ in range(model.config.num_hidden_layers)])
     rows = torch.arange(len(prompts), device=device)  # which prompt each row of the batch is
     # An index, not 1: torch multiplies the strided slice that 1 makes as a batch of products,

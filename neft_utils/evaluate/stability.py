@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from neft_utils.noise import noise_scale
-from neft_utils.train.encoding import encode, flat_batch, token_batches
+from neft_utils.train.encoding import encode, end_of_turn, flat_batch, token_batches
 from neft_utils.train.losses import response_nll, response_token_nll
 
 PERTURBED_COLUMNS = ["kind", "level", "example_id", "nll"]
@@ -222,7 +222,7 @@ def stopping(model, tokenizer, rows, batch_tokens):
         batch = flat_batch(some, device)
         # The NLL of the end of turn as the target everywhere, where each response token stands.
         labels = batch["labels"]
-        batch["labels"] = labels.masked_fill(labels != -100, tokenizer.eos_token_id)
+        batch["labels"] = labels.masked_fill(labels != -100, end_of_turn(tokenizer))
         p = response_token_nll(model, batch)[0].neg().exp().cpu()
         for one in p.split([sum(e["completion_mask"]) for e in some]):
             quarters = [float(q.mean()) for q in one[:-1].tensor_split(4)]

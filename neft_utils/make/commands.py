@@ -115,11 +115,13 @@ def check(arguments):
 
     quiet_libraries()  # before bitsandbytes is imported, which says what its build lacks
     from neft_utils.data import sources
+    from neft_utils.evaluate.generate import way_to_decode
     from neft_utils.make.rows import rows_of
     from neft_utils.train.base_models import check_model
     from neft_utils.train.encoding import count_tokens
 
-    _, tokenizer = check_model(profile)
+    model, tokenizer = check_model(profile)
+    way_to_decode(model, profile.data.max_tokens + profile.evaluate.max_new_tokens)
     files, count = sources.source_files(profile.data), count_tokens(tokenizer)
     made, _ = rows_of(profile.data, profile.all_seeds(), count, **files)
     print("rows: " + ", ".join(f"{name} {len(rows)}" for name, rows in made.items()))

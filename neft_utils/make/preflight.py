@@ -5,6 +5,7 @@ judge's key) is said. A profile for a GPU never falls back to the CPU without a 
 """
 
 import importlib.metadata
+import json
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from neft_utils.base import hub
 from neft_utils.base.files import ROOT
+from neft_utils.base.model_config import check_lengths
 from neft_utils.base.pins import pins
 from neft_utils.base.strict import ConfigError
 from neft_utils.base.wheels import pinned_packages
@@ -110,7 +112,13 @@ def _size(folder):
 
 
 def _model(profile):
+    """Where the model is, as text. What its config.json has no room for is refused here too, and
+    not after training: answers belong to no key of notebook 01, which looks once more."""
     model = profile.model
+    for folder in (Path(model.source).expanduser(), ROOT / model.source, *_made(model.source)):
+        if (folder / "config.json").is_file():
+            check_lengths(profile, _config(folder / "config.json"))
+            break
     if model.source in pinned_packages():
         wheel = f"{model.source.replace('-', '_')}-*.whl"
         cached = list((ROOT / "data" / "wheels").glob(wheel))
@@ -120,6 +128,23 @@ def _model(profile):
     ):
         return model.source
     return f"{model.source}, " + hub.state(model.source, model.revision, "model.source")
+
+
+def _made(source):
+    """The folder that notebook 01 made of a pinned wheel, or of `nano`: a list of at most one."""
+    version = pinned_packages().get(source, (None,))[0]
+    name = source if version is None else f"{source}-{version}"
+    return [ROOT / "data" / "models" / name] if version or source == "nano" else []
+
+
+def _config(path):
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise ConfigError(f"model.source: {path} is no JSON object: get the model again")
+    return values
 
 
 def _answers(profile):

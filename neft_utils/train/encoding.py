@@ -1,8 +1,11 @@
 """How an example becomes tokens: the template, the loss mask, rows without padding."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
+from neft_utils.base.strict import ConfigError
 from neft_utils.data.sources import INPUT
 
 # Prompt format of models without a chat template: Stanford Alpaca's, as the paper used; a prompt
@@ -18,12 +21,65 @@ ALPACA_MORE = ", paired with an input that provides further context"
 
 
 def prompt_ids(tokenizer, prompt):
-    """Token ids of a user prompt up to where the answer begins."""
+    """Token ids of a user prompt up to where the answer begins.
+
+    Raises ConfigError for a chat template that fails, or leaves the prompt out.
+    """
     if tokenizer.chat_template is None:
-        return tokenizer(alpaca_prompt(prompt))["input_ids"]
+        return _opened(tokenizer, alpaca_prompt(prompt))
     message = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    text = _rendered(tokenizer, message, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _opened(tokenizer, text):
+    """Ids of a text that goes on: with what the tokenizer puts before it, not with what it puts
+    behind it (an end of sequence, for one)."""
+    whole = tokenizer(text)["input_ids"]
+    own = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for begin in range(len(whole) - len(own) + 1):
+        if whole[begin : begin + len(own)] == own:
+            return whole[:begin] + own
+    raise ConfigError(
+        "model.source: its tokenizer breaks a text into other tokens when it adds special ones:"
+        " give it a chat template"
+    )
+
+
+def _rendered(tokenizer, messages, **options):
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except Exception as error:  # a template is a program, and may raise what it likes
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        raise ConfigError(
+            f"model.source: its chat template cannot show a user's prompt ({reason}): correct"
+            " chat_template and save the tokenizer again"
+        ) from None
+
+
+def end_of_turn(tokenizer):
+    """The id that ends an answer: the special token that the chat template puts behind one.
+
+    The tokenizer's eos_token where there is no template, or none that ends an answer.
+    """
+    return _end_of_turn(tokenizer, str(tokenizer.chat_template), tokenizer.eos_token_id)
+
+
+@functools.lru_cache(maxsize=16)
+def _end_of_turn(tokenizer, template, eos):
+    if tokenizer.chat_template is None:
+        return eos
+    mark = "Quince and medlar."
+    turns = [("user", "Name two fruits."), ("assistant", mark)]
+    try:
+        text = _rendered(tokenizer, [{"role": r, "content": c} for r, c in turns])
+    except ConfigError:
+        return eos  # a template of prompts alone
+    if mark not in text:
+        return eos
+    rest = tokenizer(text.rpartition(mark)[2], add_special_tokens=False)["input_ids"]
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return next((i for i in rest if i in special), eos)
 
 
 def alpaca_prompt(prompt):
@@ -40,7 +96,7 @@ def encode(tokenizer, example):
     """
     prompt = prompt_ids(tokenizer, example["prompt"])
     response = tokenizer(example["response"], add_special_tokens=False)["input_ids"]
-    response = [*response, tokenizer.eos_token_id]
+    response = [*response, end_of_turn(tokenizer)]
     return {
         "input_ids": prompt + response,
         "completion_mask": [0] * len(prompt) + [1] * len(response),

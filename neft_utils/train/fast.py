@@ -11,11 +11,11 @@ import contextlib
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import Linear as PeftLinear
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
-ATTENTION = "per_document"
+from neft_utils.train.attention import ATTENTION, register
+from neft_utils.train.encoding import flat_batch
+from neft_utils.train.own_path import agrees, inner_model, once, own_attention, own_nll
+
 HEAD_ROWS = 256  # tokens whose logits are held at once: 256 × 49,152 × (2 + 4) bytes = 75 MB
 
 # ---------------------------------------------------------------------------------- LoRA
@@ -153,56 +153,57 @@ def token_nll(model, inputs, positions, targets):
     return _HeadNLL.apply(hidden, head.weight, targets)
 
 
-# ----------------------------------------------------------------------------- attention
+# --------------------------------------------------------------------- is it the same?
 
 
-def per_document_attention(module, query, key, value, attention_mask, cu_seq_lens_q=None, **kwargs):
-    """Causal attention within each document of a padding-free row; masked SDPA without one.
+def make_fast(model, longest=0, say=print):
+    """Give a model the layers of this module, in place, as far as they compute what its own do.
 
-    query, key, value: (1, heads, tokens, head size); cu_seq_lens_q: (documents + 1,) offsets.
-    On a GPU in half precision FlashAttention takes the whole row at once; elsewhere SDPA takes
-    one document after the other.
+    model: a Hugging Face causal LM, with or without PEFT's adapters; longest: tokens of the
+    longest document that it will be given. LoRA layers become lean. Attention becomes one per
+    document if the losses of two documents in a row are those of each by itself, with the model's
+    own attention; else the model keeps its own path, one document at a time, and `say` is told.
+    Returns the model. Raises ConfigError for what is no causal language model.
     """
-    scale = kwargs.get("scaling")
-    if cu_seq_lens_q is None:
-        if query.device.type != "cpu" or attention_mask is None:
-            return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-        # transformers would copy keys and values for every query head of a group.
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=attention_mask, scale=scale, enable_gqa=True
-        )
-        return out.transpose(1, 2).contiguous(), None
-    if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
-        from torch.nn.attention.varlen import varlen_attn
-
-        longest, offsets = kwargs["max_length_q"], cu_seq_lens_q.int()
-        # Keys and values once for every query head: not every torch takes groups here.
-        groups = query.shape[1] // key.shape[1]
-        if groups > 1:
-            key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-        rows = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-        options = {"window_size": (-1, 0), "scale": scale}
-        out = varlen_attn(*rows, offsets, offsets, longest, longest, **options)
-        return out[None], None
-    dtype, lengths = query.dtype, cu_seq_lens_q.diff().tolist()
-    if query.device.type == "cpu" and query.requires_grad:
-        # The bf16 kernel's backward is the slow part; its forward is the faster one.
-        query, key, value = query.float(), key.float(), value.float()
-    # split, not slices: the gradient of a split is one concatenation.
-    documents = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
-    options = {"is_causal": True, "scale": scale, "enable_gqa": True}
-    parts = [F.scaled_dot_product_attention(*one, **options) for one in documents]
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous().to(dtype), None
+    register()
+    lean_lora(model)
+    inner = inner_model(model)
+    if inner.config._attn_implementation != ATTENTION:
+        inner.neft_attention = inner.config._attn_implementation
+    inner.neft_apart = True
+    if difference := agrees(model, longest, "losses", _together):
+        _use(inner, inner.neft_attention)
+        found = f"the fast path differs from the model's own attention ({difference});"
+        once(say, model, "losses", f"{found} one document is computed at a time, slower and right")
+    else:
+        _use(inner, ATTENTION)
+        inner.neft_apart = False
+    return model
 
 
-def make_fast(model):
-    """Give a model the layers of this module, in place: lean LoRA and attention per document.
+def _use(inner, attention):
+    # Some families have classes of their own for each attention; their masks part documents.
+    if inner.config._attn_implementation != attention and inner._can_set_attn_implementation():
+        inner.set_attn_implementation(attention)
 
-    model: a Hugging Face causal LM, with or without PEFT's adapters. Returns the model.
-    """
-    AttentionInterface.register(ATTENTION, per_document_attention)
-    # Without a mask function transformers drops the mask of a padded batch without a word.
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-    inner = model.get_base_model() if hasattr(model, "peft_config") else model
-    inner.set_attn_implementation(ATTENTION)
-    return lean_lora(model)
+
+def _together(model, documents):
+    """[(own, fast)] losses in nats of each document: by itself, and in a row with the others."""
+    inner, own = inner_model(model), []
+    before = inner.config._attn_implementation
+    with own_attention(model):
+        own = [own_nll(model, ids, torch.arange(1, len(ids))) for ids in documents]
+    masks = [[0] + [1] * (len(ids) - 1) for ids in documents]
+    rows = [
+        {"input_ids": ids.tolist(), "completion_mask": mask}
+        for ids, mask in zip(documents, masks, strict=True)
+    ]
+    batch = flat_batch(rows, own[0].device)
+    labels = batch.pop("labels")[0]
+    positions = (labels != -100).nonzero()[:, 0]
+    try:
+        _use(inner, ATTENTION)
+        nll = token_nll(model, batch, positions - 1, labels[positions])
+    finally:
+        _use(inner, before)
+    return list(zip(own, nll.split([len(one) for one in own]), strict=True))

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -68,9 +69,100 @@ def _foreign_folder(model):
         known = hashlib.sha256(repr((str(folder.resolve()), files)).encode()).hexdigest()
     if not (folder / "config.json").exists():
         raise ConfigError(f"model.source: {folder} holds no model (no config.json)")
+    _check_files(folder, model.base_weights)
+    return folder, MODELS / f"{model.source.strip('/').replace('/', '--')}-{known[:12]}"
+
+
+def _check_files(folder, base_weights):
+    """Raise ConfigError unless transformers will read safetensors of this folder, and only those.
+
+    Its index, its config.json and an adapter's file may each name other files, which torch would
+    unpickle.
+    """
     if not list(folder.glob("*.safetensors")):
         raise ConfigError(f"model.source: {folder} has no *.safetensors: save it in that format")
-    return folder, MODELS / f"{model.source.strip('/').replace('/', '--')}-{known[:12]}"
+    if (folder / "adapter_config.json").exists():
+        raise ConfigError(
+            f"model.source: {folder} holds an adapter (adapter_config.json): merge it into its"
+            " base and save that, or move the file away"
+        )
+    config = _json_of(folder / "config.json")
+    named = [("config.json", config[key]) for key in ("transformers_weights",) if config.get(key)]
+    for index in sorted(folder.glob("*.index.json")):
+        weights = _json_of(index).get("weight_map")
+        if not isinstance(weights, dict):
+            raise ConfigError(f"model.source: {index} has no weight_map: get the model again")
+        named += [(index.name, name) for name in weights.values()]
+    for place, name in dict.fromkeys((place, str(name)) for place, name in named):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ConfigError(
+                f"model.source: {folder / place} names {name[:80]!r}: only *.safetensors beside it"
+                " are read; save the model in that format"
+            )
+        if not (folder / name).exists():
+            raise ConfigError(f"model.source: {folder} lacks {name}, which {place} names")
+    stored = config.get("quantization_config")
+    if stored and not (base_weights == "nf4" and "bitsandbytes" in str(stored)):
+        kind = stored.get("quant_method") if isinstance(stored, dict) else stored
+        raise ConfigError(
+            f"model.source: {folder} is stored quantised ({kind}): take the model in bf16, which is"
+            " rounded here (base_weights)"
+        )
+
+
+def _json_of(path):
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"model.source: {path} is not JSON ({error}): get it again") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"model.source: {path} holds no JSON object: get it again")
+    return values
+
+
+def load_whole(folder, **options):
+    """A causal LM from a folder, as AutoModelForCausalLM loads it, with every weight from there.
+
+    Raises ConfigError of one line for what cannot be loaded, and for weights that are missing
+    (transformers would draw them at random) or that the configuration has no place for.
+    """
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
+        )
+    except Exception as error:  # a foreign configuration may fail anywhere
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        raise ConfigError(
+            f"model.source: {folder} cannot be loaded ({reason}): correct its config.json, or save"
+            " or download it again"
+        ) from None
+    for names, problem in (
+        (info["missing_keys"], "lack weights of the model"),
+        (_unplaced(model, info["unexpected_keys"]), "hold more than its config.json has room for"),
+    ):
+        if names:
+            some = ", ".join(sorted(names)[:3]) + (" …" if len(names) > 3 else "")
+            raise ConfigError(
+                f"model.source: the weights in {folder} {problem} ({len(names)} tensors: {some}):"
+                " correct config.json, or get the weights again"
+            )
+    return model
+
+
+def _unplaced(model, names):
+    """Those of the left-over tensors that belong to the model: a bias of a layer that has none, a
+    layer beyond the last. Not those of a part that is not loaded, as a vision tower."""
+    modules = {re.sub(r"\d+", "N", name) for name, _ in model.named_modules()}
+    known = {name for name, _ in model.named_buffers()}
+    known |= {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return [
+        name
+        for name in names
+        if name not in known
+        and {re.sub(r"\d+", "N", name.rpartition(".")[0]), re.split(r"\.\d+\.", name)[0]} & modules
+    ]
 
 
 def _publish(folder, build):
@@ -100,8 +192,8 @@ def _convert_gguf(folder):
 
 
 def _quantize_once(plain, folder):
-    options = {"quantization_config": nf4_config(), "local_files_only": True, **device_map()}
-    model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.bfloat16, **options)
+    options = {"quantization_config": nf4_config(), **device_map()}
+    model = load_whole(plain, dtype=torch.bfloat16, **options)
     _save(dequantized(model), AutoTokenizer.from_pretrained(plain), folder)
 
 

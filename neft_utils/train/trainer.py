@@ -10,9 +10,11 @@ import torch
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTTrainer
 
+from neft_utils.base.strict import ConfigError
 from neft_utils.noise import NEFTuneCallback
 from neft_utils.train.fast import make_fast
 from neft_utils.train.losses import response_token_nll
+from neft_utils.train.own_path import inner_model
 
 
 def split_row(batch, tokens):
@@ -49,15 +51,27 @@ class PaddingFreeTrainer(SFTTrainer):
         for parameter, values in trained:
             parameter.data = values.to(parameter.device, torch.float32)
         self.micro_batch_tokens = micro_batch_tokens
-        make_fast(self.model)
+        make_fast(self.model, max(len(ids) for ids in self.train_dataset["input_ids"]))
+        self._refuse_widths()
         self.remove_callback(PrinterCallback)  # a run log writes the rows
+
+    def _refuse_widths(self):
+        """Noise by the width of a row needs rows: a model that takes single documents has none."""
+        noise = self._noise()
+        if inner_model(self.model).neft_apart and noise is not None and noise.length != "sequence":
+            raise ConfigError(
+                f"length: {noise.length}: this model takes one document at a time, so no row is"
+                " wider than its document: use length: sequence"
+            )
+
+    def _noise(self):
+        found = (c.noise for c in self.callback_handler.callbacks if hasattr(c, "noise"))
+        return next(found, None)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if return_outputs:
             raise NotImplementedError("this trainer computes losses, not outputs")
-        noise = next(
-            (c.noise for c in self.callback_handler.callbacks if hasattr(c, "noise")), None
-        )
+        noise = self._noise()
         if noise is not None:
             noise.set_labels(inputs["labels"])  # the forward is not given them
         nll, _ = response_token_nll(model, inputs)
@@ -66,7 +80,8 @@ class PaddingFreeTrainer(SFTTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         model.train()
         total = 0.0
-        for part in split_row(self._prepare_inputs(inputs), self.micro_batch_tokens):
+        tokens = 1 if inner_model(self.model).neft_apart else self.micro_batch_tokens
+        for part in split_row(self._prepare_inputs(inputs), tokens):
             loss = self.compute_loss(model, part, num_items_in_batch=num_items_in_batch)
             self.accelerator.backward(loss)
             total = total + loss.detach()

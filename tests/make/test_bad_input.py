@@ -12,6 +12,7 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from neft_utils.base import files, pins
@@ -104,6 +105,59 @@ def cut_weights(place):
     weights.write_bytes(weights.read_bytes()[:1000])
 
 
+def config_with(**values):
+    """Spoil a model's config.json by these values."""
+
+    def spoil(place):
+        path = place / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | values), "utf-8")
+
+    return spoil
+
+
+def tensors(change):
+    """Spoil a model's weights by `change(dict of tensors)`."""
+
+    def spoil(place):
+        held = load_file(place / "model.safetensors")
+        change(held)
+        save_file(held, place / "model.safetensors", {"format": "pt"})
+
+    return spoil
+
+
+def without_layer(held):
+    for name in [name for name in held if name.startswith("model.layers.1.")]:
+        del held[name]
+
+
+def with_bias(held):
+    held["model.layers.0.self_attn.q_proj.bias"] = torch.ones(64, dtype=torch.bfloat16)
+
+
+def narrow(held):
+    held["model.layers.0.mlp.up_proj.weight"] = torch.ones(96, 64, dtype=torch.bfloat16)
+
+
+def file_with(name, content):
+    return lambda place: (place / name).write_text(content, "utf-8")
+
+
+def index_of(name):
+    """Spoil a model by an index that says its weights are in the file of this name."""
+
+    def spoil(place):
+        (place / "model.safetensors").rename(place / "model-1.safetensors")
+        index = {"metadata": {}, "weight_map": {"model.norm.weight": name}}
+        (place / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
+
+    return spoil
+
+
+def asked(**section):
+    return lambda folder: profile_of(folder, evaluate={**GOOD["evaluate"], **section})
+
+
 def rows(count, **changes):
     return [{**ROW, "instruction": f"Say {n} in words.", **changes} for n in range(count)]
 
@@ -170,6 +224,66 @@ CASES = {
     "a configuration that is no JSON": (
         own_model(lambda place: (place / "config.json").write_text("{")),
         "model.source",
+    ),
+    "weights that lack a layer": (own_model(tensors(without_layer)), "(9 tensors: model.layers.1."),
+    "a configuration with more layers": (
+        own_model(config_with(num_hidden_layers=3)),
+        "lack weights of the model (9 tensors: model.layers.2.",
+    ),
+    "a configuration with fewer layers": (
+        own_model(config_with(num_hidden_layers=1)),
+        "hold more than its config.json has room for (9 tensors: model.layers.1.",
+    ),
+    "a configuration without layers": (own_model(config_with(num_hidden_layers=0)), "hold more"),
+    "a bias that the configuration leaves out": (
+        own_model(tensors(with_bias)),
+        "(1 tensors: model.layers.0.self_attn.q_proj.bias)",
+    ),
+    "a head that is not tied and not there": (
+        own_model(config_with(tie_word_embeddings=False)),
+        "(1 tensors: lm_head.weight)",
+    ),
+    "a weight of another shape": (own_model(tensors(narrow)), "cannot be loaded"),
+    "a size in quotes": (own_model(config_with(hidden_size="64")), "cannot be loaded"),
+    "a size that is none": (own_model(config_with(hidden_size=-64)), "cannot be loaded"),
+    "no heads": (own_model(config_with(num_attention_heads=0)), "cannot be loaded"),
+    "sizes in a list": (own_model(config_with(intermediate_size=[128])), "cannot be loaded"),
+    "no kind of model": (own_model(config_with(model_type=None)), "cannot be loaded"),
+    "a configuration that is a list": (own_model(file_with("config.json", "[]")), "JSON object"),
+    "stored quantised": (
+        own_model(config_with(quantization_config={"quant_method": "gptq", "bits": 4})),
+        "is stored quantised (gptq)",
+    ),
+    "an adapter in its folder": (
+        own_model(file_with("adapter_config.json", '{"base_model_name_or_path": "/"}')),
+        "holds an adapter",
+    ),
+    "weights elsewhere": (own_model(index_of("../../evil.safetensors")), "only *.safetensors"),
+    "weights as a pickle": (own_model(index_of("evil.bin")), "only *.safetensors beside it"),
+    "weights that are not there": (own_model(index_of("model-2.safetensors")), "lacks model-2"),
+    "weights named in the configuration": (
+        own_model(config_with(transformers_weights="../evil.bin")),
+        "config.json names '../evil.bin'",
+    ),
+    "an index that is none": (
+        own_model(file_with("model.safetensors.index.json", '{"a": 1}')),
+        "has no weight_map",
+    ),
+    "a chat template that raises": (
+        own_model(file_with("chat_template.jinja", "{{ raise_exception('Never') }}")),
+        "cannot show a user's prompt (TemplateError: Never)",
+    ),
+    "a chat template that is no template": (
+        own_model(file_with("chat_template.jinja", "{% for %}")),
+        "cannot show a user's prompt",
+    ),
+    "a chat template that leaves the prompt out": (
+        own_model(file_with("chat_template.jinja", "Hello!")),
+        "leaves out what a user asks",
+    ),
+    "answers longer than the model reads": (
+        asked(max_new_tokens=1000),
+        "evaluate.max_new_tokens 1000 together exceed the 1024 tokens",
     ),
     "rows longer than the model reads": (
         data_section(source="nano", **{**SIZES, "max_tokens": 1020}),

@@ -1,5 +1,7 @@
 """The fast path computes what the padded reference computes; answers do not depend on batches."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -86,8 +88,6 @@ def test_the_mask_covers_the_response_and_its_end_only(tokenizer):
 
 
 def test_a_model_without_chat_template_gets_the_alpaca_prompt(tokenizer):
-    import copy
-
     plain = copy.deepcopy(tokenizer)
     plain.chat_template = None
     text = plain.decode(prompt_ids(plain, "Name a colour."))
@@ -96,6 +96,76 @@ def test_a_model_without_chat_template_gets_the_alpaca_prompt(tokenizer):
     text = plain.decode(prompt_ids(plain, "Add." + INPUT + "1 2"))
     assert "describes a task, paired with an input that provides further context. Write" in text
     assert text.endswith("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:")
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_what_a_tokenizer_appends_is_not_put_before_the_answer(tokenizer, ends):
+    """With a template or without, the end of sequence stands where the answer ends, and only there.
+
+    What a tokenizer puts before a text stays.
+    """
+    from tokenizers.processors import TemplateProcessing
+
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    before = prompt_ids(plain, "Name a colour.")
+    single = "<|im_start|> $A <|im_end|>" if ends else "<|im_start|> $A"
+    plain.backend_tokenizer.post_processor = TemplateProcessing(
+        single=single, special_tokens=[("<|im_start|>", 0), ("<|im_end|>", 1)]
+    )
+    assert prompt_ids(plain, "Name a colour.") == [0, *before]
+    one = encode(plain, {"prompt": "Name a colour.", "response": "Red"})
+    assert one["input_ids"].count(1) == 1 and one["input_ids"][-1] == 1
+    plain.chat_template = tokenizer.chat_template
+    example = {"prompt": "Name a colour.", "response": "Red"}
+    assert encode(plain, example) == encode(tokenizer, example)
+
+
+def test_an_answer_ends_with_the_templates_end_of_turn(lively, tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.add_special_tokens({"additional_special_tokens": ["<turn>", "<eos>"]})
+    other.eos_token = "<eos>"
+    turn, eos = other.convert_tokens_to_ids(["<turn>", "<eos>"])
+    example = {"prompt": "Hi", "response": "Yo"}
+    cases = {
+        "{% for m in messages %}{{ m.role }}: {{ m.content }} <turn>\n{% endfor %}": turn,
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n<turn><eos>{% endfor %}": turn,
+        "{% for m in messages %}{{ m.content }}<eos>{% endfor %}": eos,
+        "{% for m in messages %}{{ m.content }}\n{% endfor %}": eos,  # none that ends an answer
+        "{{ messages[0].content }}": eos,  # no answers at all
+        "{% if messages[-1].role == 'assistant' %}{{ raise_exception('no') }}{% endif %}"
+        "{{ messages[0].content }}": eos,
+    }
+    for template, expected in cases.items():
+        other.chat_template = template
+        assert encode(other, example)["input_ids"][-1] == expected, template
+        assert {expected, eos} <= set(generate.stop_ids(lively.generation_config, other))
+    other.chat_template = None
+    assert encode(other, example)["input_ids"][-1] == eos
+    assert encode(tokenizer, example)["input_ids"][-1] == tokenizer.eos_token_id
+
+
+def test_an_answer_longer_than_the_model_reads_is_refused(lively, tokenizer):
+    width = len(prompt_ids(tokenizer, "Hi"))
+    options = {"batch_size": 1, "max_new_tokens": 1024 - width + 1}
+    with pytest.raises(ConfigError, match="exceeds the 1024 tokens that the model reads"):
+        generate.answer(lively, tokenizer, ["Hi"], **options)
+
+
+def test_weights_that_are_missing_are_not_rounded_either(nano, tokenizer, tmp_path, monkeypatch):
+    from safetensors.torch import load_file, save_file
+
+    monkeypatch.setattr(folders, "MODELS", tmp_path / "cache")
+    nano.to(torch.bfloat16).save_pretrained(tmp_path / "mine")
+    tokenizer.save_pretrained(tmp_path / "mine")
+    file = tmp_path / "mine" / "model.safetensors"
+    held = load_file(file)
+    del held["model.layers.1.mlp.up_proj.weight"]
+    save_file(held, file, {"format": "pt"})
+    for base_weights in ("bf16", "nf4_dequantized"):
+        with pytest.raises(ConfigError, match=r"1 tensors: model.layers.1.mlp.up_proj.weight\)"):
+            load_base(Model(source=str(tmp_path / "mine"), base_weights=base_weights))
+    assert not list((tmp_path / "cache").glob("*"))
 
 
 def test_quantising_once_rounds_linear_layers_and_leaves_embeddings():
