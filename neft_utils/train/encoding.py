@@ -3,10 +3,10 @@
 import torch
 import torch.nn.functional as F
 
-from neft_utils.data.sources import INPUT
+from neft_utils.data.layouts import INPUT
 
 # Prompt format of models without a chat template: Stanford Alpaca's, as the paper used; a prompt
-# with an input (`sources.INPUT`) has another first sentence.
+# with an input (`layouts.INPUT`) has another first sentence.
 ALPACA_TEMPLATE = (
     "Below is an instruction that describes a task{more}. Write a response that appropriately"
     " completes the request.\n\n### Instruction:\n{prompt}\n\n### Response:"
@@ -19,11 +19,15 @@ ALPACA_MORE = ", paired with an input that provides further context"
 
 def prompt_ids(tokenizer, prompt):
     """Token ids of a user prompt up to where the answer begins."""
+    return _prompts_ids(tokenizer, [prompt])[0]
+
+
+def _prompts_ids(tokenizer, prompts):
     if tokenizer.chat_template is None:
-        return tokenizer(alpaca_prompt(prompt))["input_ids"]
-    message = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tokenizer([alpaca_prompt(prompt) for prompt in prompts])["input_ids"]
+    messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    texts = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
 def alpaca_prompt(prompt):
@@ -39,20 +43,28 @@ def encode(tokenizer, example):
     from token ids: SmolLM2's padding token is its end-of-turn token.
     """
     prompt = prompt_ids(tokenizer, example["prompt"])
-    response = tokenizer(example["response"], add_special_tokens=False)["input_ids"]
-    response = [*response, tokenizer.eos_token_id]
+    response = _responses_ids(tokenizer, [example["response"]])[0]
     return {
         "input_ids": prompt + response,
         "completion_mask": [0] * len(prompt) + [1] * len(response),
     }
 
 
+def _responses_ids(tokenizer, responses):
+    encoded = tokenizer(responses, add_special_tokens=False)["input_ids"]
+    return [[*ids, tokenizer.eos_token_id] for ids in encoded]
+
+
 def count_tokens(tokenizer):
-    """A function from examples to [(prompt tokens, response tokens)], for `splits.count`."""
+    """A function from examples to [(prompt tokens, response tokens)], for `splits.count`.
+
+    All at a time: one by one, the calls take longer than the tokens.
+    """
 
     def count(examples):
-        masks = [encode(tokenizer, example)["completion_mask"] for example in examples]
-        return [(len(mask) - sum(mask), sum(mask)) for mask in masks]
+        prompts = _prompts_ids(tokenizer, [example["prompt"] for example in examples])
+        responses = _responses_ids(tokenizer, [example["response"] for example in examples])
+        return [(len(p), len(r)) for p, r in zip(prompts, responses, strict=True)]
 
     return count
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from tiny import prepare
 
+from neft_utils.base import paths
 from neft_utils.base.files import ROOT, sha256_file
 from neft_utils.base.profiles import Data
 from neft_utils.data import sources, splits
@@ -494,7 +495,7 @@ def test_missing_files_wrong_encodings_and_missing_paths(tmp_path):
 
 
 def test_a_relative_path_also_counts_from_the_repository(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "ROOT", tmp_path)
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
     write(tmp_path / "mine.json", distinct_rows(20))
     manifest = prepare(replace(JSON, path="mine.json"), [], tmp_path / "out", words)
     assert list(manifest["sources"]) == ["mine.json"]
