@@ -98,9 +98,8 @@ def _table(text, path, suffix):
         # Strict: a quote that is never closed would swallow the rows behind it.
         rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True))
     except csv.Error as error:
-        raise DataError(
-            f"{path}: no table ({error}): save it again as {suffix[1:].upper()}"
-        ) from None
+        kind = suffix[1:].upper()
+        raise DataError(f"{path}: is no {kind} table ({error}): save it again") from None
     finally:
         csv.field_size_limit(limit)
     names, *rows = [row for row in rows if row] or [[]]

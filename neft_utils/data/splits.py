@@ -14,6 +14,7 @@ import numpy as np
 
 from neft_utils.base.files import sha256_file, write_json, write_jsonl
 from neft_utils.data.filters import SHAREGPT_FILTERS, connected, grams, similar_pairs
+from neft_utils.data.layouts import FILTERS
 from neft_utils.data.records import DataError, parse_json, read_jsonl, read_text
 from neft_utils.data.sources import hashes_of
 
@@ -22,6 +23,11 @@ MIN_RESPONSE_TOKENS = 8  # ShareGPT only: shorter answers are "Yes." and cut-off
 DUPLICATE = 0.5  # 3-gram Jaccard from which two ShareGPT rows count as one
 SIMILAR = 0.3  # 3-gram Jaccard from which two rows must not be on both sides of a split
 CONTAMINATED = 0.5  # share of an evaluation prompt's 3-grams from which a row is dropped
+# What to do where a filter has left no row; elsewhere the profile may ask for too much.
+REMEDIES = {
+    "non-empty": "give rows with a prompt and an answer each",
+    **dict.fromkeys(FILTERS, "give rows of one prompt and its answer, as text"),
+}
 KEYS = ("id", "prompt", "response", "n_prompt_tokens", "n_response_tokens", "cluster")
 
 
@@ -53,7 +59,7 @@ class Funnel:
             name = self.steps[1 - worst]["step"]
             raise DataError(
                 f"no row of {counts[0]} is left after the filters; most, {lost}, fell to"
-                f" {name!r}: give other rows or change data.max_tokens in the profile"
+                f" {name!r}: {REMEDIES.get(name, 'give other rows or change data.max_tokens')}"
             )
 
 

@@ -52,7 +52,7 @@ def check_rows(profile, tokenizer):
     row = made["pool"][0]
     ids, mask = encode(tokenizer, row).values()
     begin = mask.index(1)
-    yield f"row {row['id']} as the model reads it, up to where the loss begins:"
+    yield f"row {row['id']!r} as the model reads it, up to where the loss begins:"
     yield _indented(tokenizer.decode(ids[:begin]))
     yield "and what the loss is taken of:"
     yield _indented(tokenizer.decode(ids[begin:]))
