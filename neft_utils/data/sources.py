@@ -72,10 +72,11 @@ def load_source(config, sharegpt_json=None):
             path = hub.snapshot(config.path, config.revision, "data.path", "dataset")
         except ConfigError as error:
             raise DataError(error) from None
+    what = f"rows of {Path(config.path).name}"
     if path.is_file():
-        steps, rows = _rows(read_file(path), path, "rows of the file")
+        steps, rows = _rows(read_file(path), path, what)
         return steps, rows, hashes_of(path)
-    steps, rows = _rows(read_folder(path, config.path), config.path, "rows of the data set")
+    steps, rows = _rows(read_folder(path, config.path), config.path, what)
     # A data set of many files, on the hub or in a folder, is known by its rows.
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
     return steps, rows, {f"rows of {path.name}": digest}

@@ -58,8 +58,8 @@ class Funnel:
             lost, worst = max((counts[i] - counts[i + 1], -i) for i in range(len(counts) - 1))
             name = self.steps[1 - worst]["step"]
             raise DataError(
-                f"no row of {counts[0]} is left after the filters; most, {lost}, fell to"
-                f" {name!r}: {REMEDIES.get(name, 'give other rows or change data.max_tokens')}"
+                f"{self.steps[0]['step']}: no row of {counts[0]} is left after the filters; most,"
+                f" {lost}, fell to {name!r}: {REMEDIES.get(name, 'give other rows or change data.max_tokens')}"
             )
 
 
@@ -188,11 +188,13 @@ def _remedy(groups, config, wanted):
     whole = sum(map(len, groups))
     for total in np.unique(np.linspace(whole, 3, 60, dtype=int))[::-1]:
         share = min(1, total / sum(wanted))
-        sizes = [max(1, int(share * n)) for n in wanted]
-        if _enough(_placed(groups, config, *sizes[:2]), *sizes):
-            test, validation, train = sizes
-            fitting = f"test_rows {test}, validation_rows {validation}, train_rows {train}"
-            return f"{fitting} would fit; or "
+        for least in (1, 2, 4):  # a split of one row has no place for a group of two
+            *held_out, train = (int(share * n) for n in wanted)
+            test, validation = (max(least, n) for n in held_out)
+            train = max(1, min(train, whole - test - validation))
+            if _enough(_placed(groups, config, test, validation), test, validation, train):
+                fitting = f"test_rows {test}, validation_rows {validation}, train_rows {train}"
+                return f"{fitting} would fit; or "
     return "no sizes fit; "
 
 

@@ -246,7 +246,7 @@ def test_check_says_what_each_filter_drops_and_shows_a_row_as_the_model_reads_it
     lines = capsys.readouterr().out.splitlines()
     funnel = lines[next(n for n, line in enumerate(lines) if line.startswith("source:")) :]
     assert funnel[:2] == [
-        "source: 44 rows of the file",
+        "source: 44 rows of rows.json",
         "  of 1 conversations the first exchange is the row, 1 later turns are not used",
     ]
     drops = {a.strip(): int(b) for a, word, b in (x.partition(" drops ") for x in funnel) if word}
