@@ -57,9 +57,10 @@ class Funnel:
             counts = [step["rows"] for step in self.steps]
             lost, worst = max((counts[i] - counts[i + 1], -i) for i in range(len(counts) - 1))
             name = self.steps[1 - worst]["step"]
+            remedy = REMEDIES.get(name, "give other rows or change data.max_tokens")
             raise DataError(
                 f"{self.steps[0]['step']}: no row of {counts[0]} is left after the filters; most,"
-                f" {lost}, fell to {name!r}: {REMEDIES.get(name, 'give other rows or change data.max_tokens')}"
+                f" {lost}, fell to {name!r}: {remedy}"
             )
 
 
