@@ -70,5 +70,5 @@ lint: env  ## ruff over package, tests and notebooks
 strip: env  ## clear outputs of the source notebooks
 	@$(NEFT) strip
 
-clean:  ## delete local results and processed data (downloads and models stay)
-	rm -rf results/local data/processed .snakemake
+clean:  ## delete local results, processed data and rounded copies of models (downloads stay)
+	rm -rf results/local data/processed data/models/*-nf4_dequantized .snakemake

@@ -10,7 +10,7 @@ from neft_utils.base.paths import NOTEBOOKS, PACKAGE, STEPS
 # Notebook -> the calls that its reader is to learn, by the last part of their names.
 CALLS = {
     1: "BitsAndBytesConfig from_pretrained dequantize_4bit apply_chat_template encode load_source"
-    " text_filters length_filters keep find_copies split draw write_splits",
+    " sieve split draw write_splits",
     2: "noise_scale noisy_embeddings activate_neftune backward step suggest_noise_alpha",
     3: "BitsAndBytesConfig from_pretrained dequantized LoraConfig get_peft_model SFTConfig"
     " NEFTuneCallback PaddingFreeTrainer train save_pretrained generate recorded set_seed",

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from neft_utils.base.paths import BASE, PROFILES
+from neft_utils.base.paths import BASE, PROFILES, located
 from neft_utils.base.profiles import Profile
 from neft_utils.base.strict import ConfigError, build
 
@@ -26,6 +26,7 @@ def load_profile(profile):
         raise ConfigError(f"{path.name} must be a mapping of keys, not {type(values).__name__}")
     if "name" in values:
         raise ConfigError(f"{path.name}: key name is not allowed, the file's name is the name")
+    values = located(values, path.resolve().parent)
     loaded = build(Profile, {**values, "name": path.stem}, path.name)
     _check_consistency(loaded, path.name)
     return loaded

@@ -71,7 +71,9 @@ def shown(figure, alt, dpi=110):
 def funnel(steps):
     """How many rows each filter leaves. steps: the manifest's funnel, a list of {step, rows}."""
     figure, axis = plt.subplots(figsize=(6.4, 0.9 + 0.24 * len(steps)))
-    names, rows = [one["step"] for one in steps], [one["rows"] for one in steps]
+    # Names of files stand there, and a dollar sign would begin a formula.
+    names = [one["step"].replace("$", r"\$") for one in steps]
+    rows = [one["rows"] for one in steps]
     places = np.arange(len(steps))[::-1]
     lost = [0, *(before - after for before, after in zip(rows, rows[1:], strict=False))]
     axis.barh(places, rows, color=COLOURS[0])

@@ -205,6 +205,15 @@ def side_by_side(runs, arms, prompts, longest=500):
     return pd.DataFrame(columns, index=pd.Index(prompts, name="prompt"))
 
 
+def escaped(frame):
+    """A frame of texts that others wrote as a table to display: none of it is markup or formula,
+    neither in cells nor in headings."""
+    shown = frame.style.format(escape="html").format_index(escape="html")
+    shown = shown.format_index(escape="html", axis="columns")
+    shown = shown.set_table_attributes('class="tex2jax_ignore mathjax_ignore"')
+    return shown.set_properties(**{"text-align": "left", "vertical-align": "top"})
+
+
 # -------------------------------------------------------------------------------- writing
 
 

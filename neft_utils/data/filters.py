@@ -3,9 +3,10 @@
 The filters are crude on purpose: a good row lost costs nothing, a private one kept does.
 """
 
-import math
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
+
+import numpy as np
 
 BOILERPLATE = 0.1  # 3-grams in more than this share of the rows say nothing about copying
 
@@ -126,26 +127,70 @@ def similar_pairs(rows, threshold):
 
     3-grams that a tenth of the rows share do not count: a template would chain all its rows.
     Exact and fast (prefix filtering): two similar sets have one of the few rarest 3-grams of
-    each in common, so only rows that meet in the index of rare 3-grams are compared.
+    each in common, so only rows that meet in the index of rare 3-grams are compared. Most 3-grams
+    are in one row only: they fill the prefix and meet nobody.
     """
-    sets = [grams(row["prompt"]) | grams(row["response"]) for row in rows]
-    frequency = Counter(gram for each in sets for gram in each)
-    limit = max(20, BOILERPLATE * len(rows))
-    sets = [{gram for gram in each if frequency[gram] <= limit} for each in sets]
-    first, index = {}, defaultdict(list)
-    for j, (row, each) in enumerate(zip(rows, sets, strict=True)):
+    places, numbers = _numbered_grams(rows)
+    frequency = np.bincount(numbers)
+    kept = frequency[numbers] <= max(20, BOILERPLATE * len(rows))
+    places, numbers = places[kept], numbers[kept]
+    sizes = np.bincount(places, minlength=len(rows))
+    ends = sizes.cumsum()
+    alone = np.bincount(places[frequency[numbers] == 1], minlength=len(rows))
+    prefixes = sizes - np.ceil(threshold * sizes).astype(int) + 1 - alone
+    sets, first, index = {}, {}, defaultdict(list)
+
+    def set_of(i):
+        if i not in sets:
+            sets[i] = set(numbers[ends[i] - sizes[i] : ends[i]].tolist())
+        return sets[i]
+
+    for j, row in enumerate(rows):
         i = first.setdefault(" ".join(_words(row["prompt"])) or row["prompt"], j)
         if i != j:
             yield i, j, 1.0
-        rarest = sorted(each, key=lambda gram: (frequency[gram], gram))
-        rarest = rarest[: len(each) - math.ceil(threshold * len(each)) + 1]
+        if prefixes[j] <= 0:
+            continue
+        own = numbers[ends[j] - sizes[j] : ends[j]]
+        own = own[frequency[own] > 1]
+        rarest = own[np.lexsort((own, frequency[own]))][: prefixes[j]].tolist()
         for i in sorted({i for gram in rarest for i in index[gram]}):
-            shared = len(sets[i] & each)
-            jaccard = shared / (len(sets[i]) + len(each) - shared)
+            shared = len(set_of(i) & set_of(j))
+            jaccard = shared / (sizes[i] + sizes[j] - shared)
             if jaccard >= threshold:
-                yield i, j, jaccard
+                yield i, j, float(jaccard)
         for gram in rarest:
             index[gram].append(j)
+
+
+def _numbered_grams(rows):
+    """(row, number of a 3-gram) of each row's set of 3-grams, as two arrays in order of rows.
+
+    Numbers stand for 3-grams as `grams` makes them, equal ones for equal ones.
+    """
+    import pandas as pd  # here, because those who only read rows need not wait for it
+
+    known, flat, texts, owners = {}, [], [], []
+    for place, row in enumerate(rows):
+        for text in (row["prompt"], row["response"]):
+            found = [known.setdefault(word, len(known) + 1) for word in _words(text)]
+            if 0 < len(found) < 3:
+                found += [0] * (3 - len(found))  # a shorter text is one gram by itself
+            flat += found
+            texts.append(len(found))
+            owners.append(place)
+    flat = np.array([*flat, 0, 0], np.int64)
+    begins = np.arange(len(flat) - 2)
+    texts, owners = np.array(texts, np.int64), np.array(owners, np.int64)
+    left = np.repeat(texts.cumsum(), texts) - begins  # words of the text from here to its end
+    begins, owners = begins[left >= 3], np.repeat(owners, texts)[left >= 3]
+    # In two steps, since three numbers of words need not fit into one of 64 bits. By hash tables:
+    # sorting that many numbers takes several times as long.
+    size = len(known) + 1
+    pairs, _ = pd.factorize(flat[begins] * size + flat[begins + 1])
+    triples, found = pd.factorize(pairs * size + flat[begins + 2])
+    once = pd.unique(owners * max(1, len(found)) + triples)
+    return np.divmod(once, max(1, len(found)))
 
 
 def connected(n, pairs):

@@ -1,7 +1,7 @@
 """Where rows come from: a pinned package, a file, the hub; each row an id, a prompt, a response.
 
 Whatever a user can give wrongly, layout, encoding, columns, names, is one line with the place
-and what was wanted.
+and what was wanted (`records` reads files, `layouts` their columns).
 """
 
 import hashlib
@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from neft_utils.base import hub
-from neft_utils.base.files import ROOT, sha256_file
+from neft_utils.base.files import sha256_file
+from neft_utils.base.paths import find
 from neft_utils.base.strict import ConfigError
 from neft_utils.base.wheels import wheel_member
-
-INPUT = "\n\n### Input:\n"  # Stanford Alpaca's heading of what an instruction speaks about
-WANTED = "(instruction, output, optional input), (prompt, response) or messages [{role, content}]"
+from neft_utils.data.layouts import FILTERS, WANTED, Reader
+from neft_utils.data.records import DataError, read_file, read_folder, read_jsonl
 
 # Own rows for tests, see own_rows: country city ..., word opposite ...
 CAPITALS = (
@@ -29,13 +29,6 @@ OPPOSITES = (
     "hot cold big small fast slow open closed early late light dark high low wet dry hard soft"
     " full empty near far young old rich poor loud quiet clean dirty sweet bitter long short"
 )
-
-
-class DataError(ValueError):
-    """A failure the user can cause; its message is one line with the cause and the remedy."""
-
-    def __init__(self, message):
-        super().__init__(" ".join(str(message).split()))
 
 
 def source_files(data_config):
@@ -54,30 +47,43 @@ def source_files(data_config):
 
 
 def load_source(config, sharegpt_json=None):
-    """(what the rows are, rows, {name: sha256} of what they were read from). Raises DataError.
+    """(steps, rows, {name: sha256} of what they were read from). Raises DataError.
 
-    config: profiles.Data. A row has id, prompt and response.
+    config: profiles.Data. A row has id, prompt and response. steps: [{"step", "rows"}], what the
+    rows are at first and the filters that left some out while reading, for `splits.Funnel`; the
+    first step has "remarks", lines of text, where rows are not all that the source holds.
     """
     if config.source == "sharegpt":
         rows = _sharegpt_rows(sharegpt_json)
-        return "conversations that begin human, gpt", rows, hashes_of(sharegpt_json)
+        return _start("conversations that begin human, gpt", rows), rows, hashes_of(sharegpt_json)
     if config.source == "nano":
-        return "rows made in code", own_rows(), {}
+        rows = own_rows()
+        return _start("rows made in code", rows), rows, {}
     if not config.path:
         raise DataError(f"source {config.source} needs `path`: set it in the profile, under data")
-    path = Path(config.path).expanduser()
-    if not path.exists() and (ROOT / path).exists():
-        path = ROOT / path  # notebooks run in their own folder, profiles speak from the root
-    if config.source == "json" or path.suffix in (".json", ".jsonl"):
-        records = _read_records(path)
-    else:
-        records = _hub_records(config.path, path, config.revision)
-    rows = _rows(records, path)
+    path = find(config.path)
+    if path is None and config.source == "json":
+        raise DataError(
+            f"data.path: {config.path} cannot be read (No such file); a relative path counts from"
+            " the profile's folder, then from the repository's root"
+        )
+    if path is None:
+        try:
+            path = hub.snapshot(config.path, config.revision, "data.path", "dataset")
+        except ConfigError as error:
+            raise DataError(error) from None
+    what = f"rows of {Path(config.path).name}"
     if path.is_file():
-        return "rows of the file", rows, hashes_of(path)
+        steps, rows = _rows(read_file(path), path, what)
+        return steps, rows, hashes_of(path)
+    steps, rows = _rows(read_folder(path, config.path), config.path, what)
     # A data set of many files, on the hub or in a folder, is known by its rows.
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-    return "rows of the data set", rows, {f"rows of {path.name}": digest}
+    return steps, rows, {f"rows of {path.name}": digest}
+
+
+def _start(what, rows):
+    return [{"step": what, "rows": len(rows)}]
 
 
 def hashes_of(*paths):
@@ -131,30 +137,6 @@ def mtbench_rows(questions, references, config):
     return [rows[i] | {"cluster": rows[i]["id"]} for i in order]
 
 
-def _hub_records(name, path, revision):
-    """Records of a hub data set at a pinned revision, or of a local copy (folder or file)."""
-    if path.is_file() and path.suffix not in (".parquet", ".csv"):
-        raise DataError(f"{name}: wanted a .json, .jsonl, .parquet or .csv file, or a folder")
-    if not path.exists():
-        try:
-            path = hub.snapshot(name, revision, "data.path", "dataset")
-        except ConfigError as error:
-            raise DataError(error) from None
-    import datasets  # here, because it takes seconds and one source needs it
-
-    datasets.disable_progress_bars()
-    what = {"path": str(path)}
-    if path.is_file():
-        what = {"path": path.suffix[1:], "data_files": str(path)}
-    try:
-        return datasets.load_dataset(**what, split="train").to_list()
-    except Exception as error:  # a dozen kinds, from the disk down to the parser
-        reason = f"{type(error).__name__}: {error}"[:200]
-        raise DataError(
-            f"{name} cannot be loaded ({reason}): get it again, or use source json with a file"
-        ) from None
-
-
 def own_rows():
     """84 short rows of our own, for tests: no file, no network, no licence."""
     capitals, opposites = CAPITALS.split(), OPPOSITES.split()
@@ -177,12 +159,6 @@ def own_rows():
 # --------------------------------------------------------------------- reading and checking
 
 
-def read_jsonl(path):
-    """Values of a JSON Lines file, blank lines skipped. Raises DataError."""
-    lines = read_text(path).split("\n")
-    return [parse_json(line, path, n) for n, line in enumerate(lines, 1) if line.strip()]
-
-
 def _given(path, what):
     if path is None or not Path(path).is_file():
         raise DataError(
@@ -192,43 +168,11 @@ def _given(path, what):
     return Path(path)
 
 
-def read_text(path):
-    """Text of a UTF-8 file. Raises DataError."""
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")  # Windows editors put a mark in front
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}): check the path") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start} is not UTF-8: save it as UTF-8") from None
-
-
-def parse_json(text, path, line=None):
-    """The value of a JSON text, which is the given line of the file, or all of it."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}: not JSON at line {line or error.lineno}, column {error.colno} ({error.msg});"
-            " wanted: one list of objects (.json), or one object a line (.jsonl)"
-        ) from None
-    except RecursionError:
-        raise DataError(f"{path}: nested too deeply; wanted: flat objects") from None
-
-
-def _read_records(path):
-    if path.suffix not in (".json", ".jsonl"):
-        raise DataError(f"{path}: source json reads .json (a list) and .jsonl files only")
-    records = read_jsonl(path) if path.suffix == ".jsonl" else parse_json(read_text(path), path)
-    if not isinstance(records, list):
-        raise DataError(f"{path}: holds one {type(records).__name__}; wanted: a list of objects")
-    return records
-
-
-def _rows(records, path):
-    """Rows of records with Alpaca, prompt/response or messages columns; row numbers from 1."""
+def _rows(records, path, what):
+    """(steps, rows) of records in any of the known layouts; row numbers count from 1."""
     if not records:
         raise DataError(f"{path}: holds no rows; wanted: objects with {WANTED}")
-    rows, seen = [], {}
+    reader, rows, seen = Reader(), [], {}
     for n, record in enumerate(records, 1):
         where = f"{path}, row {n}"
         if not isinstance(record, dict):
@@ -238,43 +182,20 @@ def _rows(records, path):
         if row_id in seen:
             raise DataError(f"{where}: id {row_id!r} is row {seen[row_id]}'s; ids must differ")
         seen[row_id] = n
-        rows.append(_row(row_id, *_texts(record, where)))
-    return rows
-
-
-def _texts(record, where):
-    """(prompt, response) of a record; of a conversation, its first exchange, after the system
-    message if there is one, since a row has one prompt."""
-    if "messages" in record:
-        turns = record["messages"]
-        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-            raise DataError(f"{where}: messages must be a list of {{role, content}} objects")
-        roles = [turn.get("role") for turn in turns]
-        start = 1 if roles[:1] == ["system"] else 0
-        if roles[start : start + 2] != ["user", "assistant"]:
-            raise DataError(
-                f"{where}: messages have roles {roles[:3]}; wanted: an optional system message,"
-                " then user, then assistant"
-            )
-        texts = [_text(turn.get("content"), "content", where) for turn in turns[: start + 2]]
-        return "\n\n".join(texts[:-1]), texts[-1]
-    for prompt, response in (("instruction", "output"), ("prompt", "response")):
-        if prompt in record and response in record:
-            texts = [_text(record[column], column, where) for column in (prompt, response)]
-            more = record.get("input") if prompt == "instruction" else None
-            more = _text(more or "", "input", where)
-            return texts[0] + (INPUT + more if more.strip() else ""), texts[1]
-    found = ", ".join(record) or "none"
-    raise DataError(f"{where}: has columns {found}; wanted: {WANTED}")
-
-
-def _text(value, column, where):
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {column} is {type(value).__name__}; wanted: text")
-    return value
+        if texts := reader.texts(record, where):
+            rows.append(_row(row_id, *texts))
+    reader.check()
+    steps = _start(what, records)
+    if remarks := reader.remarks():
+        steps[0]["remarks"] = remarks
+    for name in FILTERS:
+        if lost := reader.left_out[name]:
+            steps.append({"step": name, "rows": steps[-1]["rows"] - lost})
+    return steps, rows
 
 
 def _row(row_id, prompt, response):
     # Half a surrogate pair is legal in JSON but in no UTF-8 file: it becomes a question mark.
-    prompt, response = (text.encode("utf-8", "replace").decode() for text in (prompt, response))
+    texts = (text.encode("utf-8", "replace").decode() for text in (row_id, prompt, response))
+    row_id, prompt, response = texts
     return {"id": row_id, "prompt": prompt.strip(), "response": response.strip()}

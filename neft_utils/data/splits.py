@@ -14,30 +14,33 @@ import numpy as np
 
 from neft_utils.base.files import sha256_file, write_json, write_jsonl
 from neft_utils.data.filters import SHAREGPT_FILTERS, connected, grams, similar_pairs
-from neft_utils.data.sources import (
-    DataError,
-    hashes_of,
-    parse_json,
-    read_jsonl,
-    read_text,
-)
+from neft_utils.data.layouts import FILTERS
+from neft_utils.data.records import DataError, parse_json, read_jsonl, read_text
+from neft_utils.data.sources import hashes_of
 
 MAX_PROMPT_TOKENS = 130  # ShareGPT only: 100 of the user's and about 30 of the chat template
 MIN_RESPONSE_TOKENS = 8  # ShareGPT only: shorter answers are "Yes." and cut-off fragments
 DUPLICATE = 0.5  # 3-gram Jaccard from which two ShareGPT rows count as one
 SIMILAR = 0.3  # 3-gram Jaccard from which two rows must not be on both sides of a split
 CONTAMINATED = 0.5  # share of an evaluation prompt's 3-grams from which a row is dropped
+# What to do where a filter has left no row; elsewhere the profile may ask for too much.
+REMEDIES = {
+    "non-empty": "give rows with a prompt and an answer each",
+    **dict.fromkeys(FILTERS, "give rows of one prompt and its answer, as text"),
+}
 KEYS = ("id", "prompt", "response", "n_prompt_tokens", "n_response_tokens", "cluster")
 
 
 class Funnel:
     """Rows on their way through the filters, and how many each filter left: `rows`, `steps`.
 
-    step: what the rows are at the beginning. steps: [{"step", "rows"}], as the manifest has them.
+    steps: what `load_source` gives, [{"step", "rows"}], as the manifest has them. Raises DataError
+    if no row came through them.
     """
 
-    def __init__(self, step, rows):
-        self.rows, self.steps = rows, [{"step": step, "rows": len(rows)}]
+    def __init__(self, steps, rows):
+        self.rows, self.steps = rows, list(steps)
+        self._require_rows()
 
     def keep(self, step, test):
         """Keep the rows for which test(row) is true; returns how many were dropped.
@@ -46,15 +49,37 @@ class Funnel:
         """
         before, self.rows = len(self.rows), [row for row in self.rows if test(row)]
         self.steps.append({"step": step, "rows": len(self.rows)})
+        self._require_rows()
+        return before - len(self.rows)
+
+    def _require_rows(self):
         if not self.rows:
             counts = [step["rows"] for step in self.steps]
             lost, worst = max((counts[i] - counts[i + 1], -i) for i in range(len(counts) - 1))
             name = self.steps[1 - worst]["step"]
+            remedy = REMEDIES.get(name, "give other rows or change data.max_tokens")
             raise DataError(
-                f"no row of {counts[0]} is left after the filters; most, {lost}, fell to"
-                f" {name!r}: give other rows or change data.max_tokens in the profile"
+                f"{self.steps[0]['step']}: no row of {counts[0]} is left after the filters; most,"
+                f" {lost}, fell to {name!r}: {remedy}"
             )
-        return before - len(self.rows)
+
+
+def sieve(funnel, config, count_tokens, ood=()):
+    """Send a funnel through all filters, in their order; yields (name, rows that it dropped).
+
+    config: profiles.Data; count_tokens: see `count`; ood: rows whose prompts no row may hold. At
+    the end every row has its lengths and its cluster.
+    """
+    for name, keeps in text_filters(config).items():
+        yield name, funnel.keep(name, keeps)
+    count(funnel.rows, count_tokens)
+    for name, keeps in length_filters(config).items():
+        yield name, funnel.keep(name, keeps)
+    name, kept = find_copies(funnel.rows, config.source)
+    yield name, funnel.keep(name, lambda row: row["id"] in kept)
+    if ood:
+        name = "no evaluation prompt inside"
+        yield name, funnel.keep(name, holds_no(ood))
 
 
 def text_filters(config):
@@ -134,20 +159,44 @@ def split(rows, config):
     for row in rows:
         clusters[row["cluster"]].append(row)
     groups = list(clusters.values())
+    splits = _placed(groups, config, config.test_rows, config.validation_rows)
+    wanted = (config.test_rows, config.validation_rows, config.train_rows)
+    if not _enough(splits, *wanted):
+        raise DataError(
+            f"{len(rows)} rows in {len(groups)} groups of similar rows are left, too few for"
+            f" test_rows {wanted[0]} + validation_rows {wanted[1]} + train_rows {wanted[2]}:"
+            f" {_remedy(groups, config, wanted)}raise max_tokens or add rows"
+        )
+    return splits
+
+
+def _placed(groups, config, test, validation):
     splits = {"pool": [], "validation": [], "test": []}
-    sizes = {"test": config.test_rows, "validation": config.validation_rows, "pool": math.inf}
+    sizes = {"test": test, "validation": validation, "pool": math.inf}
     for i in np.random.default_rng(config.split_seed).permutation(len(groups)):
         fits = (name for name in sizes if len(splits[name]) + len(groups[i]) <= sizes[name])
         splits[next(fits)].extend(groups[i])
-    got = {name: len(split) for name, split in splits.items()}
-    wanted = sizes | {"pool": config.train_rows}
-    if any(got[name] < wanted[name] for name in wanted):
-        raise DataError(
-            f"{len(rows)} rows in {len(groups)} groups of similar rows are left, too few for"
-            f" test_rows {config.test_rows} + validation_rows {config.validation_rows} +"
-            f" train_rows {config.train_rows}: lower these, raise max_tokens or add rows"
-        )
     return splits
+
+
+def _enough(splits, test, validation, train):
+    wanted = {"test": test, "validation": validation, "pool": train}
+    return all(len(splits[name]) >= n for name, n in wanted.items())
+
+
+def _remedy(groups, config, wanted):
+    """Sizes in about the same proportions that fit, as the beginning of a remedy."""
+    whole = sum(map(len, groups))
+    for total in np.unique(np.linspace(whole, 3, 60, dtype=int))[::-1]:
+        share = min(1, total / sum(wanted))
+        for least in (1, 2, 4):  # a split of one row has no place for a group of two
+            *held_out, train = (int(share * n) for n in wanted)
+            test, validation = (max(least, n) for n in held_out)
+            train = max(1, min(train, whole - test - validation))
+            if _enough(_placed(groups, config, test, validation), test, validation, train):
+                fitting = f"test_rows {test}, validation_rows {validation}, train_rows {train}"
+                return f"{fitting} would fit; or "
+    return "no sizes fit; "
 
 
 def draw(pool, config, seed):

@@ -22,6 +22,7 @@ from neft_utils.base.files import write_json
 from neft_utils.base.paths import PACKAGE
 from neft_utils.base.wheels import pinned_file
 from neft_utils.data import sources
+from neft_utils.data.records import parse_json, read_text
 
 FACTS = PACKAGE / "facts"
 CONTROL, TREATMENT = "alpaca-7b", "alpaca-7b-neft"
@@ -51,7 +52,7 @@ def prompt_id(instruction):
 def rows(limit=None, cache=None):
     """[{"id", "prompt", "response"}] of the first prompts; response is text_davinci_003's."""
     path = submission(CONTROL, cache) / "annotations.json"
-    records = sources.parse_json(sources.read_text(path), path)[:limit]
+    records = parse_json(read_text(path), path)[:limit]
     return [
         {
             "id": prompt_id(one["instruction"]),

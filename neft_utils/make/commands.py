@@ -15,6 +15,7 @@ from pathlib import Path
 
 from neft_utils.base.files import ROOT, atomic_write_text, write_json
 from neft_utils.base.paths import NOTEBOOKS, REFERENCE, STEPS, Paths
+from neft_utils.base.plain import say
 from neft_utils.base.read_profile import load_profile
 from neft_utils.base.steps import CHAIN, ordered
 from neft_utils.base.strict import ConfigError
@@ -105,26 +106,27 @@ def plan(arguments):
 
 
 def check(arguments):
-    """What would stop a run of the profile: machine, model, tokenizer, rows. Writes nothing."""
+    """What would stop a run of the profile: machine, model, tokenizer, rows. Runs nothing."""
     profile, _, _ = _profile(arguments)
     for what, found in preflight.check(profile):
-        print(f"{what}: {found}")
+        say(f"{what}: {found}")
     if arguments.machine:
         return
     from neft_utils.base.quiet import quiet_libraries
 
     quiet_libraries()  # before bitsandbytes is imported, which says what its build lacks
-    from neft_utils.data import sources
     from neft_utils.evaluate.generate import way_to_decode
-    from neft_utils.make.rows import rows_of
+    from neft_utils.make.rows import check_rows
     from neft_utils.train.base_models import check_model
-    from neft_utils.train.encoding import count_tokens
 
+    before = preflight.kept()
     model, tokenizer = check_model(profile)
     way_to_decode(model, profile.data.max_tokens + profile.evaluate.max_new_tokens)
-    files, count = sources.source_files(profile.data), count_tokens(tokenizer)
-    made, _ = rows_of(profile.data, profile.all_seeds(), count, **files)
-    print("rows: " + ", ".join(f"{name} {len(rows)}" for name, rows in made.items()))
+    for line in check_rows(profile, tokenizer):
+        say(line)
+    for path, size in sorted(preflight.kept().items()):
+        if path not in before:
+            say(f"written: {path}, {size:.2f} GB, which a run needs too")
 
 
 # ------------------------------------------------------------------------------ one notebook
@@ -160,7 +162,7 @@ def reproduce(arguments):
     local = arguments.engine == "local"
     check_engine(arguments.engine)
     for what, found in preflight.check(profile, here=local):
-        print(f"{what}: {found}")
+        say(f"{what}: {found}")
     count = workers(profile, arguments.cores) if local else arguments.cores or JOBS
     (ROOT / ".snakemake").mkdir(exist_ok=True)
     with open(ROOT / ".snakemake" / "reproduce.lock", "w") as lock:
@@ -174,10 +176,10 @@ def reproduce(arguments):
         code = run_all(profile, reference, paths, count, lock.fileno(), arguments.engine, options)
     if code:
         return code
-    print((paths.tables / "main.md").read_text("utf-8"))
-    print((paths.tables / "claims.md").read_text("utf-8"))
+    say((paths.tables / "main.md").read_text("utf-8"))
+    say((paths.tables / "claims.md").read_text("utf-8"))
     place = os.path.relpath(paths.results, ROOT)
-    print(f"results in {place}: tables/, figures/, notebooks/, claims.json")
+    say(f"results in {place}: tables/, figures/, notebooks/, claims.json")
     return 0
 
 
@@ -196,14 +198,14 @@ def figures(arguments):
         shutil.copytree(stored.results, staged)
         shutil.rmtree(paths.results, ignore_errors=True)
         staged.rename(paths.results)
-        print(f"no local runs of {profile.name}: these are the numbers of {stored.out}")
+        say(f"no local runs of {profile.name}: these are the numbers of {stored.out}")
     for step in FIGURE_STEPS:
         if step == 0 and profile.device == "cuda" and not preflight.gpus():
-            print("00_start_here left out: it looks at the machine, and needs the profile's GPU")
+            say("00_start_here left out: it looks at the machine, and needs the profile's GPU")
             continue
         execute(profile, reference, paths, step)
-        print(f"{STEPS[step]} done")
-    print(f"figures in {os.path.relpath(paths.figures, ROOT)}")
+        say(f"{STEPS[step]} done")
+    say(f"figures in {os.path.relpath(paths.figures, ROOT)}")
 
 
 def promote_results(arguments):
@@ -212,7 +214,7 @@ def promote_results(arguments):
     from neft_utils.make.readme import update_readme
 
     profile, _, paths = _profile(arguments)
-    print(promote(profile, paths, arguments.partial))
+    say(promote(profile, paths, arguments.partial))
     update_readme()
 
 
@@ -234,12 +236,12 @@ def bench(arguments):
     load_split(paths.processed, "test")  # says what to run if it is not there
     load = os.getloadavg()[0]
     if load > 0.5:
-        print(f"warning: load average {load:.1f}: times mean little on a busy machine")
+        say(f"warning: load average {load:.1f}: times mean little on a busy machine")
     if arguments.steps < 2:
         raise ConfigError("--steps must be at least 2: the first one warms up")
     found = measure(profile, reference, paths, arguments.steps)
     write_json(ROOT / paths.out / "bench.json", found)
-    print(table(found))
+    say(table(found))
 
 
 def bench_gpu(arguments):
@@ -253,7 +255,7 @@ def bench_gpu(arguments):
 
     found = measure()
     write_json(ROOT / arguments.out / "bench-gpu.json", found)
-    print(format_table(found))
+    say(format_table(found))
 
 
 def report(arguments):
@@ -268,7 +270,7 @@ def readme(arguments):
     """What `promote` does to the README, without promoting."""
     from neft_utils.make.readme import update_readme
 
-    print("README.md written" if update_readme() else "README.md is up to date")
+    say("README.md written" if update_readme() else "README.md is up to date")
 
 
 def strip(arguments):

@@ -24,6 +24,7 @@ from pygments.lexers import PythonLexer
 
 from neft_utils.base.files import read_json
 from neft_utils.base.paths import NOTEBOOKS, PACKAGE, STEPS
+from neft_utils.base.plain import ESCAPES, plain
 
 REPOSITORY = PACKAGE.parent
 STYLE = (PACKAGE / "make" / "report.css").read_text("utf-8")
@@ -33,8 +34,6 @@ POLICY = (
     f"{base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()}';"
     " base-uri 'none'; form-action 'none'"
 )
-# Escape sequences of terminals: colours and cursor (CSI), titles and links (OSC), two letters.
-ANSI = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 TABLE_TAGS = {"table", "caption", "thead", "tbody", "tfoot", "tr", "th", "td", "div", "span", "p"}
 TABLE_TAGS |= {"br", "b", "i", "em", "strong", "code"}
 TABLE_ATTRIBUTES = {"table": ["class"], "td": ["colspan", "rowspan"], "th": ["colspan", "rowspan"]}
@@ -103,10 +102,10 @@ def _text(source):
 
 def safe_text(text):
     """Text of a stream or an output for a <pre>: terminal codes removed, markup escaped."""
-    lines = ANSI.sub("", str(text)).split("\n")
+    lines = ESCAPES.sub("", str(text)).split("\n")
     # Of what a progress bar wrote over itself, the last.
     text = "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines)
-    return html.escape(re.sub(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]", "", text))
+    return html.escape(plain(text))
 
 
 def safe_table(markup):

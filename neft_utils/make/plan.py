@@ -3,6 +3,7 @@
 import math
 
 from neft_utils.base.estimate import estimate
+from neft_utils.base.plain import say
 from neft_utils.make import preflight
 
 # A small model's run waits for its kernels to be launched, not for the card: on an H100 nine side
@@ -29,24 +30,24 @@ def workers(profile, asked=None):
 
 def show_plan(profile, paths, side_by_side):
     """Print what the profile would do, and how long it would take."""
-    print(f"profile {profile.name}: {' '.join(profile.description.split())}")
-    print(
+    say(f"profile {profile.name}: {' '.join(profile.description.split())}")
+    say(
         f"model {profile.model.source} ({profile.model.base_weights}), data {profile.data.source},"
         f" {profile.data.train_rows} training rows a seed, {profile.train.epochs} epochs"
     )
     for arm, change in profile.arms.items():
         seeds = ", ".join(map(str, profile.seeds_of(arm)))
-        print(f"  arm {arm}: noise_alpha {change.noise_alpha:g}, seeds {seeds}")
-    print(f"{'phase':<28}{'steps':>6}{'tokens':>12}{'minutes of one worker':>24}")
+        say(f"  arm {arm}: noise_alpha {change.noise_alpha:g}, seeds {seeds}")
+    say(f"{'phase':<28}{'steps':>6}{'tokens':>12}{'minutes of one worker':>24}")
     rows = estimate(profile, paths)
     for phase, steps, tokens, seconds in rows:
-        print(f"{phase:<28}{steps:>6}{tokens:>12,.0f}{seconds / 60:>24.1f}")
+        say(f"{phase:<28}{steps:>6}{tokens:>12,.0f}{seconds / 60:>24.1f}")
     total = sum(row[3] for row in rows) / 60
     minutes = total / side_by_side
     time = f"{minutes:.0f} minutes" if minutes < 200 else f"{minutes / 60:.1f} hours"
     kind = "measured" if profile.speed.measured else "estimated, not measured"
     gpu = f", {profile.gpu_memory_gb:g} GB of GPU memory" if profile.gpu_memory_gb else ""
-    print(
+    say(
         f"about {time} with {side_by_side} side by side (speeds {kind}); each run"
         f" {profile.memory_gb:g} GB of memory{gpu}; {profile.disk_gb:g} GB of disk"
     )

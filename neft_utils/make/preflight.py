@@ -14,11 +14,13 @@ from pathlib import Path
 from neft_utils.base import hub
 from neft_utils.base.files import ROOT
 from neft_utils.base.model_config import check_lengths
+from neft_utils.base.paths import find
 from neft_utils.base.pins import pins
 from neft_utils.base.strict import ConfigError
 from neft_utils.base.wheels import pinned_packages
 from neft_utils.evaluate.vllm.locate import VARIABLE, vllm_python
 
+ALPACA_EVAL = 805  # prompts that it has
 LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container, bytes or "max"
 
 
@@ -33,6 +35,8 @@ def check(profile, here=True):
         found += [("device", _device(profile)), ("memory", _memory(profile))]
     found.append(("disk", _disk(profile)))
     found.append(("model", _model(profile)))
+    if fewer := _prompts(profile):
+        found.append(("prompts", fewer))
     if profile.evaluate.answer_engine == "vllm":
         found.append(("answers", _answers(profile)))
     if profile.evaluate.judge is not None:
@@ -97,7 +101,7 @@ def _memory(profile):
 
 def _disk(profile):
     # What an earlier start put there need not fit again.
-    used = sum(_size(ROOT / "data" / name) for name in ("wheels", "models", "downloads"))
+    used = sum(kept().values())
     free, wanted = shutil.disk_usage(ROOT).free / 1e9, max(profile.disk_gb - used, 0.5)
     if free < wanted:
         raise ConfigError(
@@ -107,8 +111,41 @@ def _disk(profile):
     return f"{free:.0f} GB free"
 
 
-def _size(folder):
-    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e9
+def kept():
+    """{path below the root: size in GB} of what was downloaded or made of downloads."""
+    tops = (ROOT / "data" / name for name in ("wheels", "models", "downloads"))
+    paths = [path for top in tops if top.is_dir() for path in top.iterdir()]
+    return {str(path.relative_to(ROOT)): _size(path) for path in paths}
+
+
+def _size(path):
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(f.stat().st_size for f in files if f.is_file()) / 1e9
+
+
+def _prompts(profile):
+    """What of the profile asks for more rows than it has, as text; a run takes those there are."""
+    asked, rows = profile.evaluate, profile.data
+    smallest = min(profile.data_fraction(arm) for arm in profile.arms)
+    train = max(1, round(smallest * rows.train_rows))
+    judged = asked.alpaca_eval_prompts or min(asked.answer_prompts, rows.test_rows)
+    limits = {
+        "answer_prompts": (rows.test_rows, "test rows"),
+        "answer_prompts_without_penalty": (rows.test_rows, "test rows"),
+        "length_arm_prompts": (rows.test_rows, "test rows"),
+        "stability_rows": (rows.test_rows, "test rows"),
+        "train_rows": (train, "training rows"),
+        "train_answer_prompts": (train, "training rows"),
+        "alpaca_eval_prompts": (ALPACA_EVAL, "prompts of AlpacaEval"),
+    }
+    asked_for = [(name, getattr(asked, name), *limit) for name, limit in limits.items()]
+    if asked.judge is not None:
+        asked_for.append(("judge.prompts", asked.judge.prompts, judged, "answers"))
+    return "; ".join(
+        f"evaluate.{name} asks for {count}, there are {have} {what}: {have} are taken"
+        for name, count, have, what in asked_for
+        if count is not None and count > have
+    )
 
 
 def _model(profile):
@@ -123,9 +160,7 @@ def _model(profile):
         wheel = f"{model.source.replace('-', '_')}-*.whl"
         cached = list((ROOT / "data" / "wheels").glob(wheel))
         return f"{model.source}, " + ("in the cache" if cached else "to be downloaded")
-    if model.source == "nano" or any(
-        place.is_dir() for place in (Path(model.source).expanduser(), ROOT / model.source)
-    ):
+    if model.source == "nano" or ((folder := find(model.source)) and folder.is_dir()):
         return model.source
     return f"{model.source}, " + hub.state(model.source, model.revision, "model.source")
 

@@ -1,6 +1,9 @@
-"""The rows of a profile without writing any: notebook 01's steps in a row, for `make check`."""
+"""The rows of a profile without writing any, as notebook 01 makes them, for `make check`."""
 
 from neft_utils.data import sources, splits
+from neft_utils.train.encoding import count_tokens, encode
+
+SHOWN = 1200  # characters of the example's prompt and of its answer
 
 
 def rows_of(
@@ -18,19 +21,44 @@ def rows_of(
     """
     mtbench = mtbench_questions, mtbench_references
     ood = sources.mtbench_rows(*mtbench, config) if config.ood_rows else []
-    what, rows, hashes = sources.load_source(config, sharegpt_json)
-    funnel = splits.Funnel(what, rows)
-    for name, keeps in splits.text_filters(config).items():
-        funnel.keep(name, keeps)
-    splits.count(funnel.rows, count_tokens)
-    splits.count(ood, count_tokens)
-    for name, keeps in splits.length_filters(config).items():
-        funnel.keep(name, keeps)
-    name, kept = splits.find_copies(funnel.rows, config.source)
-    funnel.keep(name, lambda row: row["id"] in kept)
+    steps, rows, hashes = sources.load_source(config, sharegpt_json)
     if ood:
         hashes |= sources.hashes_of(*mtbench)
-        funnel.keep("no evaluation prompt inside", splits.holds_no(ood))
+        splits.count(ood, count_tokens)
+    funnel = splits.Funnel(steps, rows)
+    for _ in splits.sieve(funnel, config, count_tokens, ood):
+        pass
     made = splits.split(funnel.rows, config) | {"ood": ood[: config.ood_rows]}
     made |= {f"train-s{seed}": splits.draw(made["pool"], config, seed) for seed in seeds}
     return made, splits.describe(config, seeds, funnel, made, hashes)
+
+
+def check_rows(profile, tokenizer):
+    """Lines of text about a profile's rows: what each filter drops, the splits, and an example.
+
+    Raises DataError. Nothing is written besides wheels that are missing.
+    """
+    config, seeds = profile.data, profile.all_seeds()
+    files = sources.source_files(config)
+    made, manifest = rows_of(config, seeds, count_tokens(tokenizer), **files)
+    first, *steps = manifest["funnel"]
+    yield f"source: {first['rows']:,} {first['step']}"
+    yield from (f"  {remark}" for remark in first.get("remarks", ()))
+    left = first["rows"]
+    for step in steps:
+        yield f"  {step['step']:<48} drops {left - step['rows']:>6,}"
+        left = step["rows"]
+    yield "rows: " + ", ".join(f"{name} {len(rows)}" for name, rows in made.items())
+    row = made["pool"][0]
+    ids, mask = encode(tokenizer, row).values()
+    begin = mask.index(1)
+    yield f"row {row['id']!r} as the model reads it, up to where the loss begins:"
+    yield _indented(tokenizer.decode(ids[:begin]))
+    yield "and what the loss is taken of:"
+    yield _indented(tokenizer.decode(ids[begin:]))
+
+
+def _indented(text):
+    if len(text) > SHOWN:
+        text = f"{text[: SHOWN // 2]} […] {text[-SHOWN // 2 :]}"
+    return "\n".join(f"    {line}" for line in text.splitlines())

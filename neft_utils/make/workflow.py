@@ -20,6 +20,7 @@ from urllib.parse import quote
 from neft_utils.base.estimate import estimate
 from neft_utils.base.files import ROOT, atomic_write_text
 from neft_utils.base.paths import NOTEBOOKS, STEPS
+from neft_utils.base.plain import plain
 from neft_utils.base.strict import ConfigError
 from neft_utils.make import preflight
 
@@ -39,8 +40,8 @@ def one_line(error):
     if isinstance(error, OSError) and error.errno is not None:
         hint = {28: "free some space", 13: "make it writable", 30: "make it writable"}
         remedy = hint.get(error.errno, "check the path")
-        return f"{error.strerror}: {error.filename or 'the results folder'} ({remedy})"
-    return " ".join(str(error).split())
+        error = f"{error.strerror}: {error.filename or 'the results folder'} ({remedy})"
+    return " ".join(plain(error).split())
 
 
 def write_notebook(path, notebook):

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from neft_utils.base.strict import ConfigError
-from neft_utils.data.sources import INPUT
+from neft_utils.data.layouts import INPUT
 
 # Prompt format of models without a chat template: Stanford Alpaca's, as the paper used; a prompt
-# with an input (`sources.INPUT`) has another first sentence.
+# with an input (`layouts.INPUT`) has another first sentence.
 ALPACA_TEMPLATE = (
     "Below is an instruction that describes a task{more}. Write a response that appropriately"
     " completes the request.\n\n### Instruction:\n{prompt}\n\n### Response:"
@@ -25,18 +25,23 @@ def prompt_ids(tokenizer, prompt):
 
     Raises ConfigError for a chat template that fails, or leaves the prompt out.
     """
+    return _prompts_ids(tokenizer, [prompt])[0]
+
+
+def _prompts_ids(tokenizer, prompts):
     if tokenizer.chat_template is None:
-        return _opened(tokenizer, alpaca_prompt(prompt))
-    message = [{"role": "user", "content": prompt}]
-    text = _rendered(tokenizer, message, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+        texts = [alpaca_prompt(prompt) for prompt in prompts]
+        whole = tokenizer(texts)["input_ids"]
+        own = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return [_opened(*pair) for pair in zip(whole, own, strict=True)]
+    messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    texts = _rendered(tokenizer, messages, add_generation_prompt=True)
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
-def _opened(tokenizer, text):
-    """Ids of a text that goes on: with what the tokenizer puts before it, not with what it puts
-    behind it (an end of sequence, for one)."""
-    whole = tokenizer(text)["input_ids"]
-    own = tokenizer(text, add_special_tokens=False)["input_ids"]
+def _opened(whole, own):
+    """Ids of a text that goes on: with what the tokenizer puts before it (`whole` has it, `own` has
+    not), not with what it puts behind it (an end of sequence, for one)."""
     for begin in range(len(whole) - len(own) + 1):
         if whole[begin : begin + len(own)] == own:
             return whole[:begin] + own
@@ -95,20 +100,29 @@ def encode(tokenizer, example):
     from token ids: SmolLM2's padding token is its end-of-turn token.
     """
     prompt = prompt_ids(tokenizer, example["prompt"])
-    response = tokenizer(example["response"], add_special_tokens=False)["input_ids"]
-    response = [*response, end_of_turn(tokenizer)]
+    response = _responses_ids(tokenizer, [example["response"]])[0]
     return {
         "input_ids": prompt + response,
         "completion_mask": [0] * len(prompt) + [1] * len(response),
     }
 
 
+def _responses_ids(tokenizer, responses):
+    encoded = tokenizer(responses, add_special_tokens=False)["input_ids"]
+    end = end_of_turn(tokenizer)
+    return [[*ids, end] for ids in encoded]
+
+
 def count_tokens(tokenizer):
-    """A function from examples to [(prompt tokens, response tokens)], for `splits.count`."""
+    """A function from examples to [(prompt tokens, response tokens)], for `splits.count`.
+
+    All at a time: one by one, the calls take longer than the tokens.
+    """
 
     def count(examples):
-        masks = [encode(tokenizer, example)["completion_mask"] for example in examples]
-        return [(len(mask) - sum(mask), sum(mask)) for mask in masks]
+        prompts = _prompts_ids(tokenizer, [example["prompt"] for example in examples])
+        responses = _responses_ids(tokenizer, [example["response"] for example in examples])
+        return [(len(p), len(r)) for p, r in zip(prompts, responses, strict=True)]
 
     return count
 

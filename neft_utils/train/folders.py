@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from neft_utils.base import hub
 from neft_utils.base.files import ROOT, sha256_file, write_json
+from neft_utils.base.paths import find
 from neft_utils.base.strict import ConfigError
 from neft_utils.base.wheels import pinned_packages, wheel_member
 
@@ -59,10 +60,8 @@ def _verify(folder):
 
 def _foreign_folder(model):
     """(folder of a local or hub model, path in our cache for what is made of it)."""
-    folder, known = Path(model.source).expanduser(), model.revision
-    if not folder.is_dir():
-        folder = ROOT / folder  # notebooks run in their own folder, profiles speak from the root
-    if not folder.is_dir():
+    folder, known = find(model.source), model.revision
+    if folder is None or not folder.is_dir():
         folder = hub.snapshot(model.source, model.revision, "model.source")
     else:  # its content may change: known by names, sizes and times of its files
         files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in folder.iterdir())

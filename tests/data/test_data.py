@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from tiny import prepare
 
+from neft_utils.base import paths
 from neft_utils.base.files import ROOT, sha256_file
 from neft_utils.base.profiles import Data
 from neft_utils.data import sources, splits
@@ -446,7 +448,7 @@ def test_exact_copies_count_once_and_given_ids_are_kept(tmp_path):
     [
         ("rows.json", "[1, 2", "not JSON at line 1, column 6"),
         ("rows.json", '[\n{"prompt": x}]', "not JSON at line 2, column 12"),
-        ("rows.json", '{"prompt": "a"}\n{"prompt": "b"}', "one object a line (.jsonl)"),
+        ("rows.json", '{"prompt": "a"}\n{"prompt": "b"}', "row 1: has columns prompt; wanted"),
         ("rows.jsonl", '{"prompt": "a", "response": "b"}\n{oops', "line 2, column 2"),
         ("rows.json", "", "not JSON at line 1"),
         ("rows.jsonl", "", "holds no rows"),
@@ -457,21 +459,25 @@ def test_exact_copies_count_once_and_given_ids_are_kept(tmp_path):
         ("rows.json", '[{"instruction": "a"}]', "row 1: has columns instruction; wanted"),
         ("rows.json", "[{}]", "row 1: has columns none"),
         ("rows.json", '[{"prompt": "a", "response": "b"}, 5]', "row 2: is a int"),
-        ("rows.json", '[{"prompt": "a", "response": null}]', "row 1: response is NoneType"),
-        ("rows.json", '[{"prompt": 5, "response": "b"}]', "row 1: prompt is int"),
-        ("rows.json", '[{"messages": "hi"}]', "row 1: messages must be a list"),
-        ("rows.json", '[{"messages": [{"role": "user", "content": "a"}]}]', "roles ['user']"),
         (
             "rows.json",
-            '[{"messages": [{"role": "user", "content": []}, {"role": "assistant"}]}]',
-            "row 1: content is list",
+            '[{"prompt": "a", "response": null}]',
+            "'non-empty': give rows with a prompt",
+        ),
+        ("rows.json", '[{"prompt": {}, "response": "b"}]', "row 1: prompt is dict"),
+        ("rows.json", '[{"messages": "hi"}]', "row 1: messages must be a list"),
+        ("rows.json", '[{"messages": [{"role": "user", "content": "a"}]}]', "to 'non-empty'"),
+        (
+            "rows.json",
+            '[{"messages": [{"role": "assistant", "content": "a"}]}]',
+            "'begins with a prompt and its answer': give rows of one prompt",
         ),
         (
             "rows.json",
             '[{"id": 7, "prompt": "a", "response": ""}, {"id": "7", "prompt": "", "response": ""}]',
             "row 2: id '7' is row 1's",
         ),
-        ("rows.txt", "hello", ".json (a list) and .jsonl files only"),
+        ("rows.txt", "hello", "cannot tell its format; wanted: .json"),
     ],
 )
 def test_a_bad_json_file_is_one_line_that_names_the_place(tmp_path, name, content, says):
@@ -489,12 +495,12 @@ def test_missing_files_wrong_encodings_and_missing_paths(tmp_path):
     (tmp_path / "latin.json").write_bytes('[{"prompt": "é"}]'.encode("latin-1"))
     assert "byte 13 is not UTF-8: save it as UTF-8" in message(path=str(tmp_path / "latin.json"))
     (tmp_path / "folder.json").mkdir()
-    assert "cannot be read" in message(path=str(tmp_path / "folder.json"))
+    assert "cannot be loaded" in message(path=str(tmp_path / "folder.json"))
     assert "source json needs `path`" in message(path=None)
 
 
 def test_a_relative_path_also_counts_from_the_repository(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "ROOT", tmp_path)
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
     write(tmp_path / "mine.json", distinct_rows(20))
     manifest = prepare(replace(JSON, path="mine.json"), [], tmp_path / "out", words)
     assert list(manifest["sources"]) == ["mine.json"]
@@ -517,6 +523,27 @@ def test_too_few_rows_for_the_splits_says_the_counts(tmp_path):
     message = error_of(prepare, config, [0], tmp_path / "out", words)
     assert "17 rows in 17 groups" in message
     assert "test_rows 6 + validation_rows 4 + train_rows 8" in message
+    assert "test_rows 5, validation_rows 3, train_rows 7 would fit" in message
+
+
+@pytest.mark.parametrize("sizes", [(6, 4, 8), (30, 1, 1), (1, 1, 500), (3, 9, 40)])
+def test_the_sizes_that_would_fit_do(tmp_path, sizes):
+    names = ("test_rows", "validation_rows", "train_rows")
+    rows = []
+    for row in distinct_rows(9):  # families of two: whole clusters must find a place
+        rows += [row, {**row, "output": row["output"] + " again"}]
+    config = json_config(tmp_path, rows[:-1], **dict(zip(names, sizes, strict=True)))
+    message = error_of(prepare, config, [0], tmp_path / "out", words)
+    fitting = re.search(r"test_rows (\d+), validation_rows (\d+), train_rows (\d+) would", message)
+    fitting = dict(zip(names, map(int, fitting.groups()), strict=True))
+    made = prepare(replace(config, **fitting), [0], tmp_path / "out", words)["rows"]
+    assert made["train-s0"] == fitting["train_rows"] >= 1
+    assert made["pool"] - made["train-s0"] <= 8  # not many rows are left lying
+
+
+def test_rows_that_no_sizes_fit_are_not_promised_any(tmp_path):
+    message = error_of(prepare, json_config(tmp_path, distinct_rows(2)), [0], tmp_path, words)
+    assert "no sizes fit; raise max_tokens or add rows" in message
 
 
 def test_alpaca_reads_a_local_file_and_a_local_folder(tmp_path):
@@ -538,7 +565,7 @@ def test_what_is_no_data_set_is_one_line_with_the_remedy(tmp_path):
     assert "data.revision: pin a commit of owner/name" in message(path="owner/name")
     assert "neither a folder nor a hub id" in message(path="./not/there")
     (tmp_path / "rows.xml").write_text("<xml/>")
-    assert ".parquet or .csv" in message(path=str(tmp_path / "rows.xml"))
+    assert "cannot tell its format" in message(path=str(tmp_path / "rows.xml"))
     (tmp_path / "rows.parquet").write_text("no parquet")
     assert "cannot be loaded" in message(path=str(tmp_path / "rows.parquet"))
 

@@ -5,6 +5,7 @@ A table of cases through the commands themselves. `check` reads model and rows a
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from neft_utils.base import files, pins
+from neft_utils.base import paths as base_paths
 from neft_utils.base.files import ROOT
 from neft_utils.base.paths import PACKAGE, PROFILES
 from neft_utils.base.profiles import Model
@@ -23,6 +25,7 @@ from neft_utils.base.read_profile import load_profile
 from neft_utils.base.strict import ConfigError
 from neft_utils.make.commands import main
 from neft_utils.train.base_models import load_base, load_tokenizer
+from neft_utils.train.folders import model_folder
 
 GOOD = yaml.safe_load((PROFILES / "nano.yaml").read_text("utf-8"))
 ROW = {"instruction": "Name a colour.", "output": "Blue."}
@@ -181,18 +184,18 @@ CASES = {
     "one object": (rows_file(ROW), "holds one dict; wanted: a list"),
     "texts without columns": (rows_file(["a", "b"]), "row 1: is a str; wanted: an object"),
     "the same id twice": (rows_file([{**ROW, "id": 7}] * 2), "row 2: id '7' is row 1's"),
-    "a number as output": (rows_file([{**ROW, "output": 3}]), "output is int; wanted: text"),
+    "a list as output": (rows_file([{**ROW, "output": [3]}]), "output is list; wanted: text"),
     "an input that is a list": (rows_file([{**ROW, "input": [1]}]), "input is list; wanted: text"),
     "no responses": (rows_file(rows(30, output=" ")), "no row of 30 is left"),
     "rows of a megabyte": (rows_file(rows(30, output="word " * 50_000)), "no row of 30 is left"),
     "prompts longer than allowed": (rows_file(rows(30, instruction="why " * 500)), "no row of 30"),
     "too few rows": (rows_file(rows(5)), "too few for test_rows 6"),
     "all rows alike": (rows_file([ROW] * 40), "too few for test_rows 6"),
-    "a table as XML": (rows_file("<rows/>", "rows.xml"), "reads .json (a list) and .jsonl"),
+    "a table as XML": (rows_file("<rows/>", "rows.xml"), "cannot tell its format; wanted: .json"),
     "nesting without end": (rows_file("[" * 100_000), "nested too deeply"),
     "a conversation that begins with the assistant": (
         rows_file([{"messages": [{"role": "assistant", "content": "a"}]}]),
-        "messages have roles ['assistant']",
+        "no row of 1 is left after the filters; most, 1, fell to 'begins with a prompt",
     ),
     "a conversation that is a text": (rows_file([{"messages": "hi"}]), "messages must be a list"),
     "no such file": (data_section(source="json", path="not/there.json"), "cannot be read"),
@@ -341,6 +344,86 @@ def test_what_is_fine_passes_the_same_check(tmp_path, capsys):
     assert main(["check", "--profile", str(rows_file(rows(40))(tmp_path))]) == 0
     said = capsys.readouterr().out
     assert "packages: as pinned" in said and "rows: pool 30, validation 4, test 6" in said
+
+
+def test_check_says_what_each_filter_drops_and_shows_a_row_as_the_model_reads_it(tmp_path, capsys):
+    many = [
+        *rows(40),
+        *rows(1, output=" "),
+        {**ROW, "instruction": "Say it. " * 99},
+        {**ROW, "history": [["a", "b"]]},
+        {"messages": [{"role": r, "content": f"{r} \x1b[31mred"} for r in ("user", "gpt", "user")]},
+    ]
+    before = places()
+    assert main(["check", "--profile", str(rows_file(many)(tmp_path))]) == 0
+    assert places() == before
+    lines = capsys.readouterr().out.splitlines()
+    funnel = lines[next(n for n, line in enumerate(lines) if line.startswith("source:")) :]
+    assert funnel[:2] == [
+        "source: 44 rows of rows.json",
+        "  of 1 conversations the first exchange is the row, 1 later turns are not used",
+    ]
+    drops = {a.strip(): int(b) for a, word, b in (x.partition(" drops ") for x in funnel) if word}
+    assert drops == {
+        "no turns before the prompt": 1,
+        "non-empty": 1,
+        "total <= 400 tokens": 1,
+        "one of each group of exact copies": 0,
+    }
+    shown = "\n".join(funnel[funnel.index(next(x for x in funnel if x.startswith("row "))) + 1 :])
+    prompt, _, answer = shown.partition("\nand what the loss is taken of:\n")
+    assert re.fullmatch(
+        r"    <\|im_start\|>user\n    Say \d+ in words\.<\|im_end\|>\n    <\|im_start\|>assistant",
+        prompt,
+    )
+    assert answer == "    Blue.<|im_end|>"
+
+
+def test_nothing_that_a_user_wrote_moves_the_cursor(tmp_path, capsys):
+    wild = "\x1b[31mred\x1b]0;title\x07 \x9b5m\u202eback \b\r"
+    path = rows_file(rows(40, output=wild))(tmp_path)
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "description": wild}))
+    for command in ("plan", "check"):
+        assert main([command, "--profile", str(path)]) == 0
+        said = capsys.readouterr().out
+        assert "red" in said and not set("\x1b\x07\x9b\u202e\b\r") & set(said)
+    path = rows_file([{wild: "a", "b": "c"}])(tmp_path)
+    line = refused(capsys, "check", "--profile", path)
+    assert "has columns red" in line and not set("\x1b\x07\x9b\u202e\b") & set(line)
+
+
+def test_rows_and_models_lie_beside_their_profile_or_at_the_root(tmp_path, monkeypatch, capsys):
+    """Check, plan and every notebook read the same file, wherever they are started."""
+    root, own, here = (tmp_path / name for name in ("root", "own", "here"))
+    for folder in (root, own, here):
+        folder.mkdir()
+    monkeypatch.setattr(base_paths, "ROOT", root)
+    monkeypatch.chdir(here)
+    (here / "rows.json").write_text(json.dumps(rows(5)))
+    (root / "rows.json").write_text(json.dumps(rows(40)))
+    section = {"source": "json", "path": "rows.json", **SIZES}
+    path = profile_of(own, data=section, model={"source": "nano"})
+    assert load_profile(path).data.path == "rows.json"  # as written, below the root
+    assert main(["check", "--profile", str(path)]) == 0
+    assert "source: 40 rows" in capsys.readouterr().out
+    (own / "rows.json").write_text(json.dumps(rows(60)))
+    assert load_profile(path).data.path == str(own / "rows.json")
+    link = here / "link.yaml"  # `reproduce` hands notebooks the file itself
+    link.symlink_to(path)
+    for name in (path, link, os.path.relpath(path)):
+        assert main(["check", "--profile", str(name)]) == 0
+        assert "source: 60 rows" in capsys.readouterr().out
+    for place in (here, root, own):
+        nano = Model(source="nano")
+        (place / "owner").mkdir()
+        for part in (load_tokenizer(nano), load_base(nano, "bf16")):
+            part.save_pretrained(place / "owner" / "model")
+        path = profile_of(own, model={"source": "owner/model", "base_weights": "bf16"})
+        if place == here:
+            assert "pin a commit of owner/model" in refused(capsys, "check", "--profile", path)
+            continue
+        found = load_profile(path).model
+        assert model_folder(found) == place / "owner" / "model"
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,45 @@ def test_a_judge_without_its_key_is_said_not_refused(monkeypatch):
     assert "at most 2 USD" in said and "canary" not in said
 
 
+def test_prompts_beyond_the_rows_that_there_are_are_said_before_training():
+    assert "prompts" not in dict(check(NANO))
+
+    def said(**asked):
+        more = dataclasses.replace(NANO.evaluate, **asked)
+        arms = {**NANO.arms, "few": dataclasses.replace(NANO.arms["baseline"], data_fraction=0.25)}
+        return dict(check(dataclasses.replace(NANO, evaluate=more, arms=arms))).get("prompts", "")
+
+    # 12 test rows; 16 training rows, of which one arm gets a quarter
+    assert said(answer_prompts=12, train_answer_prompts=4, train_rows=4) == ""
+    for name in ("answer_prompts", "answer_prompts_without_penalty", "stability_rows"):
+        assert (
+            said(**{name: 13})
+            == f"evaluate.{name} asks for 13, there are 12 test rows: 12 are taken"
+        )
+    both = said(length_arm_prompts=99, train_answer_prompts=5)
+    assert "length_arm_prompts asks for 99, there are 12 test rows: 12" in both
+    assert "train_answer_prompts asks for 5, there are 4 training rows: 4" in both
+    assert "train_rows asks for 5, there are 4 training rows" in said(train_rows=5)
+    assert "there are 805 prompts of AlpacaEval" in said(alpaca_eval_prompts=806)
+    judge = Judge(model="some-judge", prompts=5)
+    assert (
+        said(judge=judge) == "evaluate.judge.prompts asks for 5, there are 4 answers: 4 are taken"
+    )
+    assert said(judge=dataclasses.replace(judge, prompts=4)) == ""
+
+
+def test_what_is_downloaded_or_made_of_it_is_listed_with_its_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "ROOT", tmp_path)
+    assert preflight.kept() == {}
+    for name, size in (("models/mine", 3_000_000), ("wheels/one.whl", 1_000_000)):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.startswith("models"):
+            (tmp_path / "data" / name).mkdir()
+            name += "/weights"
+        (tmp_path / "data" / name).write_bytes(b"0" * size)
+    assert preflight.kept() == {"data/models/mine": 0.003, "data/wheels/one.whl": 0.001}
+
+
 def test_a_container_has_less_memory_than_its_machine(tmp_path, monkeypatch):
     whole = memory_gb()
     limit = tmp_path / "memory.max"
