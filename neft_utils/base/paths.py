@@ -14,6 +14,11 @@ BASE = "base"  # the untrained model, evaluated as run base-s0
 REFERENCE = "results/reference"  # results that `make promote` put under version control
 
 
+def is_path(profile):
+    """Whether a profile is named by the path of its YAML file, not by a built-in one's name."""
+    return str(profile).lower().endswith((".yaml", ".yml"))
+
+
 # ------------------------------------------------------------------------------- places
 
 
