@@ -29,7 +29,8 @@ def workers(profile, asked=None):
 
 def show_plan(profile, paths, side_by_side):
     """Print what the profile would do, and how long it would take."""
-    print(f"profile {profile.name}: {' '.join(profile.description.split())}")
+    said = "".join(sign if sign.isprintable() else " " for sign in profile.description)
+    print(f"profile {profile.name}: {' '.join(said.split())}")
     print(
         f"model {profile.model.source} ({profile.model.base_weights}), data {profile.data.source},"
         f" {profile.data.train_rows} training rows a seed, {profile.train.epochs} epochs"
