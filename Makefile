@@ -2,7 +2,8 @@
 PROFILE ?=
 PYTHON ?= python3
 BIN := .venv/bin
-# What people name is quoted for the shell and never expanded by make.
+# What people name is quoted for the shell and never expanded by make, which does so to export.
+unexport PROFILE PYTHON NAME MODEL ROWS CORES ENGINE ENGINE_OPTIONS PARTIAL
 quoted = '$(subst ','\'',$(value $(1)))'
 option = $(if $(value $(1)),$(2)=$(call quoted,$(1)))
 # The code of this folder, also where .venv was copied with it from another.

@@ -91,7 +91,7 @@ def _fitting(under, model, path):
     lengths = sorted(
         total_tokens(row) for name in ("pool", "validation", "test") for row in made[name]
     )
-    fits = -(-int(np.quantile(lengths, 0.95)) // 32) * 32  # rounded up
+    fits = -(-int(np.quantile(lengths, 0.95, method="higher")) // 32) * 32  # rounded up
     longest = max(32, min(LONGEST, fits))
     usable = sum(length <= longest for length in lengths)
     if usable < FEWEST:

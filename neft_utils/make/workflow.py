@@ -34,7 +34,7 @@ QUIET = {
     "extra_arguments": [f"--IPKernelApp.exec_lines={_ERRORS_ONLY}", "--IPKernelApp.log_level=50"]
 }
 
-TEXT = "text:"  # begins what is a text, whatever it looks like
+TEXT = "text="  # begins what is a text, whatever it looks like
 
 
 def one_line(error):
