@@ -82,17 +82,17 @@ def test_a_profile_is_refused_at_once_and_before_torch_is_imported(tmp_path):
 
 
 def test_make_profile_writes_sizes_that_fit(tmp_path, monkeypatch, capsys):
-    (tmp_path / "rows.json").write_text(json.dumps([*rows(57), *rows(3, longer=900)]), "utf-8")
+    (tmp_path / "rows.json").write_text(json.dumps([*rows(77), *rows(3, longer=900)]), "utf-8")
     save_model(tmp_path / "my model")
     monkeypatch.chdir(tmp_path)
     where = ("--name", "mine", "--model", "my model", "--rows", "rows.json")
     said("profile", "--profile", "nano", *where)
     text = (tmp_path / "mine.yaml").read_text("utf-8")
-    assert "extends: nano" in text and "# train:" in text and "60 rows, median" in text
+    assert "extends: nano" in text and "# train:" in text and "80 rows, median" in text
     mine, nano = load_profile("mine.yaml"), load_profile("nano")
     assert mine.model.source == "my model" and mine.train == nano.train and mine.arms == nano.arms
     total = mine.data.train_rows + mine.data.validation_rows + mine.data.test_rows
-    assert 30 <= total <= 60 and mine.data.max_tokens < 400 and mine.data.max_tokens % 32 == 0
+    assert 30 <= total <= 34 and mine.data.max_tokens < 400 and mine.data.max_tokens % 32 == 0
     capsys.readouterr()
     said("check", "--profile", "mine.yaml")
     assert f"test {mine.data.test_rows}, " in capsys.readouterr().out
