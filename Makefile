@@ -2,27 +2,36 @@
 PROFILE ?=
 PYTHON ?= python3
 BIN := .venv/bin
-NEFT := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m neft_utils
-WITH := $(if $(PROFILE),--profile '$(subst ','\'',$(PROFILE))')
+# What people name is quoted for the shell and never expanded by make, which does so to export.
+unexport PROFILE PYTHON NAME MODEL ROWS CORES ENGINE ENGINE_OPTIONS PARTIAL
+quoted = '$(subst ','\'',$(value $(1)))'
+option = $(if $(value $(1)),$(2)=$(call quoted,$(1)))
+# The code of this folder, also where .venv was copied with it from another.
+NEFT := PATH="$$PWD/$(BIN):$$PATH" PYTHONPATH="$$PWD" $(BIN)/python -m neft_utils
+WITH := $(call option,PROFILE,--profile)
 .DEFAULT_GOAL := help
-.PHONY: help env plan check smoke reproduce figures compare bench bench-gpu promote report test test-slurm test-faults test-all lint strip clean
+.PHONY: help env plan check profile smoke reproduce figures compare bench bench-gpu promote report test test-slurm test-faults test-all lint strip clean
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
 .venv/installed: requirements.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "error: the reproduction is pinned for Python 3.11, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.11 ...")'
-	@test -d .venv || $(PYTHON) -m venv .venv
+	@$(call quoted,PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= (3, 13) else "error: Python 3.11, 3.12 or 3.13 is needed, this one is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.11 ...")'
+	@test -x $(BIN)/python || $(call quoted,PYTHON) -m venv .venv
+	@$(BIN)/python -c 'import sys; v = sys.version_info[:2]; v == (3, 11) or print("Python %d.%d: the stored numbers come from 3.11, yours may differ in the last digits" % v)'
 	@command -v nvidia-smi > /dev/null || test -n "$$PIP_FIND_LINKS$$PIP_EXTRA_INDEX_URL$$PIP_INDEX_URL" || echo "no GPU here: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu picks the small CPU build of torch"
 	@echo "installing the pinned packages into .venv (minutes)"
-	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
 env: .venv/installed  ## create .venv with the pinned packages
 
 plan: env  ## print steps, sizes and estimates of PROFILE without running
-	@$(NEFT) plan $(WITH) $(if $(CORES),--cores $(CORES))
+	@$(NEFT) plan $(WITH) $(call option,CORES,--cores)
+
+profile: env  ## begin a profile of your own: NAME=mine MODEL=folder ROWS=rows.json writes mine.yaml
+	@$(NEFT) profile $(WITH) $(call option,NAME,--name) $(call option,MODEL,--model) $(call option,ROWS,--rows)
 
 check: env  ## look at machine, model and rows of PROFILE before a run
 	@$(NEFT) check $(WITH)
@@ -31,7 +40,7 @@ smoke: env  ## run the whole chain at tiny sizes (about 3 minutes on 2 cores)
 	@$(NEFT) reproduce --profile smoke
 
 reproduce: env  ## run all notebooks of PROFILE (default: cpu, or gpu-small with a GPU), ENGINE=slurm on a cluster
-	@$(NEFT) reproduce $(WITH) $(if $(CORES),--cores $(CORES)) $(if $(ENGINE),--engine $(ENGINE)) $(if $(ENGINE_OPTIONS),--engine-options="$(ENGINE_OPTIONS)")
+	@$(NEFT) reproduce $(WITH) $(call option,CORES,--cores) $(call option,ENGINE,--engine) $(call option,ENGINE_OPTIONS,--engine-options)
 
 figures: env  ## make figures and tables again from stored results, in seconds
 	@$(NEFT) figures $(WITH)
@@ -53,16 +62,16 @@ report: env  ## a static HTML site of the results, index.html and a page a noteb
 
 test: env  ## lint, unit tests, nano and smoke chain (a quarter of an hour on 2 cores)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@PYTHONPATH="$$PWD" $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: env  ## also what is slow or needs a GPU, Slurm, vLLM or the network
-	@$(BIN)/python -m pytest -m ""
+	@PYTHONPATH="$$PWD" $(BIN)/python -m pytest -m ""
 
 test-faults: env  ## kill the nano chain at twenty points, fill its disk, interrupt it (half an hour)
-	@$(BIN)/python -m pytest tests/make/test_faults.py -m "faults or not faults" -p no:cacheprovider
+	@PYTHONPATH="$$PWD" $(BIN)/python -m pytest tests/make/test_faults.py -m "faults or not faults" -p no:cacheprovider
 
 test-slurm: env  ## run the nano chain on a one-node Slurm, started here (Debian: slurmctld slurmd munge)
-	@$(BIN)/python -m pytest -m slurm
+	@PYTHONPATH="$$PWD" $(BIN)/python -m pytest -m slurm
 
 lint: env  ## ruff over package, tests and notebooks
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -10,8 +10,9 @@ from neft_utils.base.keys import step_key
 from neft_utils.base.paths import BASE, Paths
 from neft_utils.base.read_profile import load_profile
 from neft_utils.evaluate.vllm.locate import WORKER, vllm_python
+from neft_utils.make.workflow import TEXT
 
-NAMED, OUT = (unquote(str(config[key])) for key in ("profile", "out"))
+NAMED, OUT = (unquote(str(config[key]).removeprefix(TEXT)) for key in ("profile", "out"))
 PROFILE = load_profile(NAMED)
 PATHS = Paths(PROFILE.name, OUT)
 RUNS = PROFILE.runs()

@@ -15,6 +15,7 @@ PARTS = ("neft_utils", "notebooks", "Snakefile", "requirements.txt", "pyproject.
 
 
 def copy_of_the_repository(folder):
+    folder.mkdir(exist_ok=True)
     for name in PARTS:
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)

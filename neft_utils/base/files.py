@@ -6,9 +6,25 @@ import os
 import tempfile
 from pathlib import Path
 
+from neft_utils.base.strict import ConfigError
+
 # The repository, or wherever NEFT_HOME says that data/ and results/ shall live.
 CODE = Path(__file__).resolve().parents[2]
 ROOT = Path(os.environ.get("NEFT_HOME") or CODE)
+
+
+def check_code(place=None):
+    """Raise ConfigError in a clone (place: a folder in it, else the working directory) whose
+    package this is not: a copied .venv brings the code of the clone that it was made in."""
+    place = Path(place or Path.cwd()).resolve()
+    for folder in (place, *place.parents):
+        if (folder / "Snakefile").is_file() and (folder / "neft_utils" / "base").is_dir():
+            if folder != CODE:
+                raise ConfigError(
+                    f"this is {folder}, but Python imports neft_utils from {CODE}: use make, or in"
+                    f" {folder} delete .venv and run make env"
+                )
+            return
 
 
 def atomic_write_text(path, text):

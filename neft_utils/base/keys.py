@@ -10,9 +10,12 @@ import dataclasses
 import functools
 import hashlib
 import json
+from pathlib import Path
 
 import neft_utils
-from neft_utils.base import paths, pins, steps
+from neft_utils.base import files, paths, pins, steps
+from neft_utils.base.contents import content_of
+from neft_utils.base.wheels import pinned_packages
 
 # Pins whose version no result depends on: they draw, run and test.
 TOOLS = {
@@ -26,7 +29,8 @@ def step_key(profile, step, arm=None, seed=None):
     """sha256 of what a step's outcome depends on besides its input files.
 
     Code cells of its notebook, code of the package modules that they import (directly or
-    not; comments and docstrings do not count), its part of the profile, and the pins.
+    not; comments and docstrings do not count), its part of the profile with the content of the
+    model and rows that lie at its paths, and the pins.
     """
     declared = steps.step(step)
     notebook = json.loads((paths.NOTEBOOKS / f"{declared.stem}.ipynb").read_text("utf-8"))
@@ -44,10 +48,25 @@ def step_key(profile, step, arm=None, seed=None):
 
 def _parts(step, profile, arm, seed):
     """What of the profile and the run the step's outcome depends on."""
+    profile = _with_contents(profile)
     known = {"arm": arm, "seed": seed, "change": profile.arms.get(arm)}
     known["all_seeds"] = profile.all_seeds()
     parts = [known[name] if name in known else getattr(profile, name) for name in step.depends]
     return parts or profile
+
+
+def _with_contents(profile):
+    """The profile with what is in its own files and folders in place of where they are."""
+    for part, key in (("model", "source"), ("data", "path")):
+        section = getattr(profile, part)
+        name = getattr(section, key)
+        if name is None or name == "nano" or name in pinned_packages():
+            continue  # made in code, or known by a pin: alike on every machine
+        place = Path(name).expanduser()
+        if content := content_of(files.ROOT / place):
+            held = dataclasses.replace(section, **{key: f"{place.name} {content}"})
+            profile = dataclasses.replace(profile, **{part: held})
+    return profile
 
 
 def changes(value):

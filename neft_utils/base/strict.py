@@ -1,15 +1,19 @@
 """Plain values from YAML into frozen dataclasses, strictly.
 
-A field's type hint says what it takes; its metadata, set by `at_least` and `one_of`, what range
-or choice. Whatever does not fit is a ConfigError of one line that names key, value and remedy.
+A field's type hint says what it takes; its metadata, set by `at_least`, `within` and `one_of`,
+what range or choice. Whatever does not fit is a ConfigError of one line that names every such key,
+its value and the remedy.
 """
 
 import dataclasses
 import difflib
-import math
+import reprlib
 import types
 import typing
 from dataclasses import field
+
+LARGEST = 2**32 - 1  # of whole numbers: seeds of numpy and torch, and more than any size here
+UNKNOWN = object()  # stands where a value was refused, so that the others are still looked at
 
 
 class ConfigError(ValueError):
@@ -18,7 +22,12 @@ class ConfigError(ValueError):
 
 def at_least(low, default=dataclasses.MISSING):
     """A field whose number must not be smaller; without a default it must be given."""
-    return field(default=default, metadata={"low": low})
+    return within(f"[{low}, inf)", default)
+
+
+def within(interval, default=dataclasses.MISSING):
+    """A field whose number must lie in an interval, written as in mathematics: "(0, 1]"."""
+    return field(default=default, metadata={"interval": interval})
 
 
 def one_of(*choices, default=dataclasses.MISSING):
@@ -26,59 +35,122 @@ def one_of(*choices, default=dataclasses.MISSING):
     return field(default=default, metadata={"choices": choices})
 
 
-def build(cls, values, where):
-    """An instance of a dataclass from a mapping; where: what messages call its place."""
+def build(cls, values):
+    """(an instance of a dataclass from a mapping, what was refused as a list of messages).
+
+    Where a value was refused or is missing, the instance has UNKNOWN.
+    """
+    faults = []
+    return _build(cls, values, "", faults), faults
+
+
+def shown(value):
+    """repr of any value, short: thousands of digits and nested aliases make a repr without end."""
+    text = _SHORT.repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+class _Short(reprlib.Repr):
+    def repr_int(self, value, level):
+        return super().repr_int(value, level) if abs(value) < 10**40 else "a number of many digits"
+
+
+_SHORT = _Short()
+_SHORT.maxstring = _SHORT.maxother = 60
+_SHORT.maxlevel = 3
+
+
+def _build(cls, values, where, faults):
+    front, inside = (f"{where}: ", f"{where}.") if where else ("", "")
     if not isinstance(values, dict):
-        raise ConfigError(f"{where}: expected keys of {cls.__name__.lower()}, not {values!r}")
+        faults.append(f"{front}expected keys of {cls.__name__.lower()}, not {shown(values)}")
+        return UNKNOWN
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    for key in values:
-        if key not in fields:
-            close = difflib.get_close_matches(str(key), fields, 1)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise ConfigError(f"{where}: unknown key {key!r}: {hint}allowed: {', '.join(fields)}")
-    hints = typing.get_type_hints(cls)
-    out = {}
+    unknown = [key for key in values if key not in fields]
+    close = {key: difflib.get_close_matches(str(key)[:60], fields, 1) for key in unknown}
+    faults += [
+        f"{front}unknown key {shown(key)}: did you mean {close[key][0]}?"
+        for key in unknown
+        if close[key]
+    ]
+    if others := [shown(key) for key in unknown if not close[key]]:
+        names = ", ".join(name for name, spec in fields.items() if not spec.metadata.get("ours"))
+        faults.append(f"{front}unknown key {', '.join(others[:9])}: allowed: {names}")
+    hints, out = typing.get_type_hints(cls), {}
     for key, spec in fields.items():
         if key in values:
-            out[key] = _convert(hints[key], values[key], f"{where}: {key}", spec.metadata)
-        elif dataclasses.MISSING is spec.default is spec.default_factory:
-            raise ConfigError(f"{where}: key {key!r} is missing")
+            out[key] = _convert(hints[key], values[key], f"{inside}{key}", spec.metadata, faults)
+        elif _must_be_given(spec):
+            inner = dataclasses.fields(hints[key]) if dataclasses.is_dataclass(hints[key]) else ()
+            needs = ", ".join(f.name for f in inner if _must_be_given(f))
+            faults.append(f"{front}key {key!r} is missing" + (f" (with {needs})" if needs else ""))
+            out[key] = UNKNOWN
     return cls(**out)
 
 
-def _convert(hint, value, where, limits):
+def _must_be_given(spec):
+    return dataclasses.MISSING is spec.default is spec.default_factory
+
+
+def _convert(hint, value, where, limits, faults):
+    """The value as the hint wants it, or UNKNOWN with a message in `faults`."""
     if dataclasses.is_dataclass(hint):
-        return build(hint, value, where)
+        return _build(hint, value, where, faults)
     arguments = typing.get_args(hint)
     if isinstance(hint, types.UnionType):
         if value is None:
             return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, where, limits)
+        inner = next(a for a in arguments if a is not type(None))
+        return _convert(inner, value, where, limits, faults)
     if typing.get_origin(hint) is dict:
         if not isinstance(value, dict):
-            raise ConfigError(f"{where}: expected a mapping of names, not {value!r}")
+            faults.append(f"{where}: expected a mapping of names, not {shown(value)}")
+            return UNKNOWN
         for name in value:
             if not (isinstance(name, str) and name.isidentifier()):
-                raise ConfigError(f"{where}: {name!r} must be a name of letters, digits and _")
-        return {n: _convert(arguments[1], v, f"{where}.{n}", {}) for n, v in value.items()}
+                faults.append(f"{where}: {shown(name)} must be a name of letters, digits and _")
+        inner = arguments[1]
+        return {n: _convert(inner, v, f"{where}.{n}", {}, faults) for n, v in value.items()}
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list):
-            raise ConfigError(f"{where}: expected a list, not {value!r}")
-        each = {"low": 0} if arguments[0] is int else limits
-        items = tuple(_convert(arguments[0], v, where, each) for v in value)
+            faults.append(f"{where}: expected a list, not {shown(value)}")
+            return UNKNOWN
+        each = {"interval": "[0, inf)"} if arguments[0] is int else limits
+        items = tuple(_convert(arguments[0], v, where, each, faults) for v in value)
+        if UNKNOWN in items:
+            return UNKNOWN
         if len(set(items)) != len(items):
-            raise ConfigError(f"{where}: {value!r} names something twice")
+            faults.append(f"{where}: {shown(value)} names something twice")
         return items
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and type(value) is int and abs(value) < 10**300:
         value = float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        hint_1e = " (YAML reads 1e-3 as text: write 1.0e-3)" if hint is float else ""
-        raise ConfigError(f"{where}: expected {hint.__name__}, not {value!r}{hint_1e}")
-    if hint is float and not math.isfinite(value):
-        raise ConfigError(f"{where}: must be finite, not {value!r}")
-    low, choices = limits.get("low"), limits.get("choices")
-    if low is not None and value < low:
-        raise ConfigError(f"{where}: must be at least {low}, not {value!r}")
-    if choices and value not in choices:
-        raise ConfigError(f"{where}: must be one of {', '.join(choices)}, not {value!r}")
+    if fault := _fault(hint, value, limits):
+        faults.append(f"{where}: {fault}")
+        return UNKNOWN
     return value
+
+
+def _fault(hint, value, limits):
+    """What is wrong with a single value, or None."""
+    if hint is float and type(value) in (int, float) and not abs(value) < 1e300:
+        return f"must be finite, not {shown(value)}"
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        quoted = hint in (int, float) and isinstance(value, str) and value.strip("+-")[:1].isdigit()
+        remedy = " (a number has no quotes)" if quoted else ""
+        return f"expected {hint.__name__}, not {shown(value)}{remedy}"
+    if hint is str and "\0" in value:
+        return f"{shown(value)} holds a zero byte"
+    if interval := limits.get("interval"):
+        bounds = interval[1:-1].split(",")
+        low, high = map(float, bounds)
+        if interval[0] == "[" and value < low:
+            return f"must be at least {bounds[0]}, not {shown(value)}"
+        too_low = value < low or (value == low and interval[0] == "(")
+        if too_low or value > high or (value == high and interval[-1] == ")"):
+            return f"must lie in {interval}, not {shown(value)}"
+    if hint is int and value > LARGEST:
+        return f"must be at most {LARGEST}, not {shown(value)}"
+    choices = limits.get("choices")
+    if choices and value not in choices:
+        return f"must be one of {', '.join(choices)}, not {shown(value)}"
+    return None

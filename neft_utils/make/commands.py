@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from neft_utils.base.files import ROOT, atomic_write_text, write_json
-from neft_utils.base.paths import NOTEBOOKS, REFERENCE, STEPS, Paths
+from neft_utils.base.paths import NOTEBOOKS, REFERENCE, STEPS, Paths, is_path
 from neft_utils.base.plain import say
 from neft_utils.base.read_profile import load_profile
 from neft_utils.base.steps import CHAIN, ordered
@@ -28,6 +28,9 @@ JOBS = 50  # at a time on a cluster, unless --cores says otherwise
 
 
 def main(argv=None):
+    for stream in (sys.stdout, sys.stderr):  # of a terminal that may lack some of our letters
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments) or 0
@@ -68,6 +71,10 @@ def _parser():
     sub.add_argument("--cores", type=int, default=None, help="runs side by side")
     sub.add_argument("--engine", default="local", help="local, or a Snakemake executor: slurm")
     sub.add_argument("--engine-options", default="", help="more arguments of Snakemake's")
+    sub = command("profile", own_profile, "begin a profile of your own: NAME.yaml with comments")
+    sub.add_argument("--name", default="", help="of the profile and its file")
+    sub.add_argument("--model", help="a folder, or a hub id with @ and its commit")
+    sub.add_argument("--rows", help="your rows: a file or folder")
     names = ", ".join(f"{number:02}" for number in FIGURE_STEPS)
     command("figures", figures, f"re-execute {names} from stored results")
     sub = command("promote", promote_results, "copy complete, clean results to results/reference")
@@ -93,7 +100,7 @@ def _profile(arguments):
     name = arguments.profile or default_profile()
     profile = load_profile(name)
     # A path stays a path, absolute because notebooks run in their own folder.
-    reference = str(Path(name).resolve()) if name.endswith((".yaml", ".yml")) else name
+    reference = str(Path(name).expanduser().resolve()) if is_path(name) else name
     return profile, reference, Paths(profile.name, arguments.out)
 
 
@@ -129,6 +136,14 @@ def check(arguments):
             say(f"written: {path}, {size:.2f} GB, which a run needs too")
 
 
+def own_profile(arguments):
+    """Write NAME.yaml in the working directory, with sizes that fit the rows."""
+    from neft_utils.make.own import write_profile
+
+    base = arguments.profile or default_profile()
+    print(write_profile(arguments.name, base, arguments.model, arguments.rows))
+
+
 # ------------------------------------------------------------------------------ one notebook
 
 
@@ -150,7 +165,7 @@ def answer(arguments):
 
 def reproduce(arguments):
     profile, reference, paths = _profile(arguments)
-    for name in (reference, paths.out):
+    for name in (reference, str(ROOT), paths.out):
         if set("{}") & set(name):
             raise ConfigError(f"{name} has braces, which Snakemake takes for wildcards: rename it")
     paths.results.mkdir(parents=True, exist_ok=True)
@@ -176,10 +191,9 @@ def reproduce(arguments):
         code = run_all(profile, reference, paths, count, lock.fileno(), arguments.engine, options)
     if code:
         return code
-    say((paths.tables / "main.md").read_text("utf-8"))
-    say((paths.tables / "claims.md").read_text("utf-8"))
-    place = os.path.relpath(paths.results, ROOT)
-    say(f"results in {place}: tables/, figures/, notebooks/, claims.json")
+    from neft_utils.make.ending import ending
+
+    say(ending(paths))
     return 0
 
 

@@ -18,8 +18,9 @@ import pandas as pd
 
 from neft_utils.base.files import ROOT, read_json
 from neft_utils.base.keys import step_key
-from neft_utils.base.paths import BASE, REFERENCE, Paths
+from neft_utils.base.paths import BASE, PROFILES, REFERENCE, Paths
 from neft_utils.base.provenance import git_state
+from neft_utils.base.read_profile import load_profile
 from neft_utils.base.strict import ConfigError
 from neft_utils.compare.runs import caveats, caveats_json, load_runs
 from neft_utils.make.workflow import write_notebook
@@ -34,6 +35,9 @@ def promote(profile, paths, partial=False):
     results/partial. Raises ConfigError for a dirty tree, for runs of several commits, of an edited
     tree or of older code, for a missing run (or, if `partial`, for none).
     """
+    _check_profile(profile)
+    if shutil.which("git") is None:
+        raise ConfigError("promote needs git, which is not installed: it keeps results of a commit")
     state = git_state()
     if state["commit"] is None or state["dirty"]:
         raise ConfigError("promote needs a clean commit: commit or undo your changes first")
@@ -52,6 +56,7 @@ def promote(profile, paths, partial=False):
     commits = {commit for run in whole for commit in _commits(profile, paths, *run)}
     if len(commits) > 1:
         raise ConfigError(f"runs come from {len(commits)} commits: delete the older ones")
+    _check_rows(profile, paths)
     if not (paths.results / "claims.json").exists():
         raise ConfigError("no claims.json: run make reproduce (where runs are missing: figures)")
     if partial:
@@ -65,6 +70,38 @@ def promote(profile, paths, partial=False):
         f"promoted {len(whole)} runs of {commits.pop()[:12]}{without} to"
         f" {os.path.relpath(target, ROOT)}: commit it"
     )
+
+
+def _check_profile(profile):
+    """Raise ConfigError unless these are results of a profile that every clone has."""
+    if not (PROFILES / f"{profile.name}.yaml").is_file():
+        raise ConfigError(
+            f"{profile.name} is a profile of your own: promote keeps results of those in"
+            " notebooks/profiles; put it there under this name and commit it first"
+        )
+    if load_profile(profile.name) != profile:
+        raise ConfigError(
+            f"this {profile.name} is not the built-in profile of that name: rename its file, or"
+            " promote with the built-in one"
+        )
+
+
+def _check_rows(profile, paths):
+    """Raise ConfigError unless the runs' rows are the profile's: no run's key speaks of rows."""
+    data, made = profile.data, read_json(paths.results / "manifest.json") or {}
+    wanted = {
+        "source": data.source,
+        "revision": data.revision,
+        "max_tokens": data.max_tokens,
+        "split_seed": data.split_seed,
+        "seeds": profile.all_seeds(),
+    }
+    for key, value in wanted.items():
+        if made.get(key) != value:
+            raise ConfigError(
+                f"the rows in {os.path.relpath(paths.results, ROOT)} have {key} {made.get(key)!r},"
+                f" profile {profile.name} has {value!r}: run make reproduce"
+            )
 
 
 def _is_whole(run):

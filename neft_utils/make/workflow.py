@@ -8,7 +8,6 @@ import importlib.util
 import json
 import logging
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -18,11 +17,13 @@ import time
 from urllib.parse import quote
 
 from neft_utils.base.estimate import estimate
-from neft_utils.base.files import ROOT, atomic_write_text
+from neft_utils.base.files import CODE, ROOT, atomic_write_text
 from neft_utils.base.paths import NOTEBOOKS, STEPS
 from neft_utils.base.plain import plain
+from neft_utils.base.steps import CHAIN
 from neft_utils.base.strict import ConfigError
 from neft_utils.make import preflight
+from neft_utils.make.progress import Progress, planned_seconds
 
 # oneDNN keeps the code that it made for every shape of matrix it met, 1,024 by default; rows of
 # a new length bring two dozen shapes of 0.6 MB, which fill gigabytes within a run.
@@ -33,6 +34,8 @@ _ERRORS_ONLY = "__import__('logging').getLogger('bitsandbytes').setLevel('ERROR'
 QUIET = {
     "extra_arguments": [f"--IPKernelApp.exec_lines={_ERRORS_ONLY}", "--IPKernelApp.log_level=50"]
 }
+
+TEXT = "text="  # begins what is a text, whatever it looks like
 
 
 def one_line(error):
@@ -60,6 +63,8 @@ def execute(profile, reference, paths, step, arm=None, seed=None):
     os.environ["PYTHONWARNINGS"] = (
         "ignore:IProgress not found,ignore:`is_gradient_checkpointing` is deprecated"
     )
+    # The kernel starts in notebooks/, and would import the package that .venv was made with.
+    os.environ |= own_code(os.environ) | {"PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8"}
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # else a bar of every tensor that is loaded
     source, target = NOTEBOOKS / f"{STEPS[step]}.ipynb", paths.notebook(step, arm, seed)
     parameters = {"PROFILE": reference, "ARM": arm, "SEED": seed, "OUT": paths.out}
@@ -131,6 +136,12 @@ def _alive(pid):
     return True
 
 
+def own_code(environment):
+    """What makes a Python import this package, and no copy that its .venv was made for."""
+    more = environment.get("PYTHONPATH")
+    return {"PYTHONPATH": f"{CODE}{os.pathsep}{more}" if more else str(CODE)}
+
+
 def check_engine(engine):
     """Raise ConfigError unless Snakemake can hand jobs to this engine from here."""
     if engine == "local":
@@ -159,9 +170,10 @@ def _engine_arguments(engine, count, logs, options):
 def settings(reference, out):
     """Snakemake's arguments for a profile and a folder, of whatever name.
 
-    Snakemake takes values for YAML, and an executor puts them into a shell's command as they are.
+    Snakemake takes values for numbers or YAML where it can (007 for 7), and an executor puts them
+    into a shell's command as they are.
     """
-    return [f"profile={quote(reference)}", f"out={quote(out)}"]
+    return [f"profile={TEXT}{quote(reference)}", f"out={TEXT}{quote(out)}"]
 
 
 def run_all(profile, reference, paths, count, lock, engine="local", options=()):
@@ -175,6 +187,7 @@ def run_all(profile, reference, paths, count, lock, engine="local", options=()):
     # Steps call "python": the one that runs this, whether or not its environment is activated.
     own = os.path.dirname(sys.executable)
     environment["PATH"] = f"{own}{os.pathsep}{environment.get('PATH', os.defpath)}"
+    environment |= own_code(environment) | {"PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8"}
     if profile.device == "cpu":  # two threads of one run fight as soon as anything else runs
         environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         environment |= ONEDNN
@@ -194,6 +207,7 @@ def run_all(profile, reference, paths, count, lock, engine="local", options=()):
         *_engine_arguments(engine, count, logs, options),
         "--nolock",
         "--rerun-incomplete",
+        "--keep-going",  # a step that fails costs those that need it, and no others
         "--rerun-triggers",
         "mtime",
         "params",
@@ -204,26 +218,28 @@ def run_all(profile, reference, paths, count, lock, engine="local", options=()):
         f"whole={count if engine == 'local' else threads}",  # of a step that runs alone
     ]
     log = paths.results / "snakemake.log"
-    began, started = time.time(), time.monotonic()
-    total = sum(row[3] for row in estimate(profile, paths)) / count
+    began = time.time()
+    planned = planned_seconds(estimate(profile, paths), CHAIN)
+    progress = Progress(planned, count, time.monotonic())
     process = subprocess.Popen(
         command,
         env=environment,
         stdout=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         stderr=subprocess.STDOUT,
         pass_fds=(lock,),
     )
-    state = {"done": 0, "steps": None, "nothing": False}
     stop = threading.Event()
-    heartbeat = threading.Thread(target=_heartbeat, args=(state, started, total, stop), daemon=True)
-    heartbeat.start()
+    threading.Thread(target=_heartbeat, args=(progress, stop), daemon=True).start()
     try:
         with open(log, "w", encoding="utf-8") as file:
             for line in process.stdout:
                 file.write(line)
                 file.flush()
-                _follow(line.rstrip(), state, started, total)
+                if said := progress.read(line.rstrip(), time.monotonic()):
+                    failed = said.startswith("error:")
+                    print(said, file=sys.stderr if failed else sys.stdout, flush=True)
         code = process.wait()
     except BaseException:
         process.terminate()  # Snakemake stops its jobs and keeps what is finished
@@ -232,53 +248,41 @@ def run_all(profile, reference, paths, count, lock, engine="local", options=()):
     finally:
         stop.set()
     if code:
-        if not state.get("error"):  # on another machine, it went to the job's own log
-            state["error"] = _error_of_a_job(logs, began)
-        if not state["error"]:  # Snakemake's own: a missing file, a killed job
-            tail = [x for x in log.read_text("utf-8").splitlines() if x.strip()][-3:]
-            print(f"error: {' '.join(tail)}", file=sys.stderr)
-        print(f"stopped; the whole log is {os.path.relpath(log, ROOT)}", file=sys.stderr)
-    elif state["nothing"]:
+        _say_what_failed(progress, log, logs, began)
+    elif progress.nothing:
         print("nothing to do: every step is done and nothing it depends on has changed")
     return code
 
 
-def _error_of_a_job(logs, since):
-    """Print the one line of the step that failed, from the logs of jobs; whether there was one."""
+def _say_what_failed(progress, log, logs, began):
+    """At the end, where they are seen: the steps that failed, each with its executed copy."""
+    errors = progress.errors
+    if not errors:  # on another machine, they went to the jobs' own logs
+        errors = _errors_of_jobs(logs, began)
+        for line in errors:
+            print(line, file=sys.stderr)
+    if not errors:  # Snakemake's own: a missing file, a killed job
+        tail = [x for x in log.read_text("utf-8").splitlines() if x.strip()][-3:]
+        print(f"error: {' '.join(tail)}", file=sys.stderr)
+    if len(errors) > 1:
+        names = [line.removeprefix("error: ").partition(":")[0] for line in errors]
+        print(f"{len(errors)} steps failed: {', '.join(names)}", file=sys.stderr)
+    done = f"{progress.done} of {progress.steps} steps are done; " if progress.steps else ""
+    print(
+        f"stopped: {done}the same command goes on from there; the whole log is"
+        f" {os.path.relpath(log, ROOT)}",
+        file=sys.stderr,
+    )
+
+
+def _errors_of_jobs(logs, since):
+    """The one lines of steps that failed, from the logs of jobs on other machines."""
     recent = [path for path in logs.rglob("*.log") if path.stat().st_mtime >= since]
-    for path in sorted(recent, key=lambda path: path.stat().st_mtime, reverse=True):
-        for line in path.read_text("utf-8", errors="replace").splitlines():
-            if line.startswith("error:"):
-                print(line, file=sys.stderr)
-                return True
-    return False
+    texts = [path.read_text("utf-8", errors="replace") for path in sorted(recent)]
+    lines = [line for text in texts for line in text.splitlines() if line.startswith("error:")]
+    return list(dict.fromkeys(lines))
 
 
-def _follow(line, state, started, total):
-    """Turn Snakemake's log into one line per finished step."""
-    if "Nothing to be done" in line:
-        state["nothing"] = True
-    elif line.startswith("error:"):  # the one line of the step that failed
-        state["error"] = True
-        print(line, file=sys.stderr, flush=True)
-    elif match := re.search(r"^Finished jobid: (\d+) \(Rule: (\w+)\)", line):
-        state["last"] = match.group(2)
-    elif match := re.search(r"^(\d+) of (\d+) steps \(", line):
-        state["done"], state["steps"] = map(int, match.groups())
-        print(_status(state, started, total) + f" · finished {state.get('last')}", flush=True)
-
-
-def _status(state, started, total):
-    elapsed = time.monotonic() - started
-    done, steps = state["done"], state["steps"]
-    share = done / steps if steps else 0
-    # The whole takes `total` by plan and elapsed / share by pace: weights 1 - share and share.
-    whole = (1 - share) * total + (elapsed if share else 0)
-    left = (1 - share) * whole
-    counted = f"{done} of {steps} steps" if steps else "starting"
-    return f"[{elapsed / 60:5.1f} min] {counted}, about {left / 60:.0f} min left"
-
-
-def _heartbeat(state, started, total, stop):
+def _heartbeat(progress, stop):
     while not stop.wait(60):
-        print(_status(state, started, total), flush=True)
+        print(progress.status(time.monotonic()), flush=True)

