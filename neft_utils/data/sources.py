@@ -64,7 +64,7 @@ def load_source(config, sharegpt_json=None):
     path = find(config.path)
     if path is None and config.source == "json":
         raise DataError(
-            f"data.path: {config.path} cannot be read (No such file); a relative path counts from"
+            f"data.path: {config.path}: cannot be read (No such file); a relative path counts from"
             " the profile's folder, then from the repository's root"
         )
     if path is None:

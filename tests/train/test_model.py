@@ -11,11 +11,11 @@ from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from neft_utils.base.paths import PACKAGE
 from neft_utils.base.profiles import Model
 from neft_utils.base.strict import ConfigError
-from neft_utils.data.sources import INPUT
+from neft_utils.data.layouts import INPUT
 from neft_utils.evaluate import generate
 from neft_utils.train import folders
 from neft_utils.train.base_models import load_base, load_tokenizer
-from neft_utils.train.encoding import encode, flat_batch, prompt_ids
+from neft_utils.train.encoding import count_tokens, encode, flat_batch, prompt_ids
 from neft_utils.train.fast import ATTENTION
 from neft_utils.train.folders import _verify, model_folder
 from neft_utils.train.losses import response_nll, response_token_nll
@@ -363,3 +363,14 @@ def test_dequantising_once_equals_bitsandbytes_bit_for_bit(double):
         outs.append((y, x.grad))
     assert layer.weight.dtype == torch.uint8 and not torch.equal(once, plain.weight)
     assert torch.equal(outs[0][0], outs[1][0]) and torch.equal(outs[0][1], outs[1][1])
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_rows_counted_together_are_as_long_as_encoded_one_by_one(template):
+    tokenizer = load_tokenizer(Model(source="nano"))
+    if not template:
+        tokenizer.chat_template = None
+    pairs = (("Why?", "So."), ("Add." + INPUT + "1 1", "2"), ("é 🙂", " two\nlines "))
+    rows = [{"prompt": prompt, "response": response} for prompt, response in pairs]
+    masks = [encode(tokenizer, row)["completion_mask"] for row in rows]
+    assert count_tokens(tokenizer)(rows) == [(len(m) - sum(m), sum(m)) for m in masks]

@@ -17,7 +17,7 @@ def length_histogram(rows, tokenizer):
     rows: [{"instruction", "input", "output"}]. Prompts stand in Alpaca's templates, with or
     without an input; a response's count includes its end token.
     """
-    from neft_utils.data.sources import INPUT
+    from neft_utils.data.layouts import INPUT
     from neft_utils.train.encoding import alpaca_prompt
 
     columns, lengths = ["prompt_tokens", "response_tokens"], []
