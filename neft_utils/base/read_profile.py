@@ -50,7 +50,7 @@ def find_profile(profile):
     close = difflib.get_close_matches(text, names, 1)
     hint = f" (did you mean {close[0]}?)" if close else ""
     raise ConfigError(
-        f"no profile {text!r}{hint}: use one of {', '.join(names)}, or the path of a YAML file"
+        f"no profile {text!r}: use one of {', '.join(names)}, or the path of a YAML file{hint}"
     )
 
 

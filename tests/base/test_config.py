@@ -278,7 +278,7 @@ def test_another_model_or_other_rows_do_not_keep_the_commit_of_those_before(tmp_
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("extends: cpuu\n", "mine.yaml: extends: no profile 'cpuu' (did you mean cpu?)"),
+        ("extends: cpuu\n", "mine.yaml: extends: no profile 'cpuu': use one of"),
         ("extends: gone.yaml\n", "mine.yaml: extends: no profile"),
         ("extends: mine.yaml\n", "extends: mine.yaml leads back to itself"),
         ("extends: [cpu]\n", "extends: give a profile's name or path, not ['cpu']"),
@@ -313,9 +313,8 @@ def test_odd_names_are_names(tmp_path, name):
 
 
 def test_unknown_profile_arm_and_seed_say_what_there_is():
-    with pytest.raises(
-        ConfigError, match=r"no profile 'cpuu' \(did you mean cpu\?\): use one of .*cpu, "
-    ):
+    said = r"no profile 'cpuu': use one of .*cpu, .* \(did you mean cpu\?\)"
+    with pytest.raises(ConfigError, match=said):
         load_profile("cpuu")
     profile = load_profile("nano")
     with pytest.raises(ConfigError, match="no arm 'neft': it has base, baseline, neft_a15"):
