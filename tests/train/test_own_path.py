@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from neft_utils.base.profiles import Model
 from neft_utils.base.strict import ConfigError
 from neft_utils.evaluate.generate import answer
+from neft_utils.evaluate.stability import perturbed_weights
 from neft_utils.train import attention, own_path
 from neft_utils.train.base_models import check_model, embedding_norm, load_base, load_tokenizer
 from neft_utils.train.encoding import encode, prompt_ids
@@ -266,3 +267,16 @@ def test_a_model_that_peft_has_no_adapters_for_is_refused_before_training(tmp_pa
     with pytest.raises(ConfigError, match=r"no adapters for this model, a mamba .*method full"):
         check_model(Lab(tmp_path, model=model).profile)
     check_model(Lab(tmp_path, model=model, train={"method": "full"}).profile)
+
+
+def test_layers_that_store_the_transpose_are_perturbed_by_output_and_put_back():
+    model = family("gpt2", OLD)
+    weight = model.transformer.h[0].attn.c_attn.weight
+    with torch.no_grad():
+        weight[:, 0] = 100.0  # one output far larger than the others
+    before = weight.detach().clone()
+    with perturbed_weights(model, 0.1):
+        step = (weight - before).detach()
+        assert step[:, 0].square().mean().sqrt() == pytest.approx(10, rel=0.5)
+        assert 0 < step[:, 1:].abs().max() < 1
+    assert torch.equal(weight, before)
