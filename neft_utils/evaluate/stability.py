@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from transformers.pytorch_utils import Conv1D
 
 from neft_utils.noise import noise_scale
 from neft_utils.train.encoding import encode, end_of_turn, flat_batch, token_batches
@@ -102,14 +103,16 @@ def linear_weights(model):
     for name, module in model.named_modules():
         parts = name.removeprefix("base_model.model.").split(".")
         if (
-            isinstance(module, torch.nn.Linear)
+            isinstance(module, torch.nn.Linear | Conv1D)
             and module not in head
             and not any(part.startswith("lora_") for part in parts)
         ):
             parts = [part for part in parts if part != "base_layer"]
-            weights[".".join([*parts, "weight"])] = module.weight
+            transposed = isinstance(module, Conv1D)  # of GPT-2 and its kin: rows are outputs here
+            weight = module.weight.detach().T if transposed else module.weight
+            weights[".".join([*parts, "weight"])] = weight
     if not weights:
-        raise ValueError("the model has no torch.nn.Linear layer besides its head to perturb")
+        raise ValueError("the model has no linear layer besides its head to perturb")
     if bad := [name for name, weight in weights.items() if not weight.is_floating_point()]:
         raise ValueError(
             f"{bad[0]} is quantised and cannot be perturbed: load the model with base_weights"

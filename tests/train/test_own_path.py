@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from neft_utils.base.profiles import Model
 from neft_utils.base.strict import ConfigError
 from neft_utils.evaluate.generate import answer
+from neft_utils.evaluate.stability import perturbed_weights
 from neft_utils.train import attention, own_path
-from neft_utils.train.base_models import embedding_norm, load_base, load_tokenizer
+from neft_utils.train.base_models import check_model, embedding_norm, load_base, load_tokenizer
 from neft_utils.train.encoding import encode, prompt_ids
 from neft_utils.train.fast import make_fast
 from neft_utils.train.losses import response_nll
@@ -256,3 +257,26 @@ def test_the_norm_of_an_embedding_is_measured_behind_its_scale():
     plain = family("llama", {})
     raw = plain.get_input_embeddings().weight.norm(dim=1).mean().item()
     assert embedding_norm(plain) == pytest.approx(raw, rel=1e-6)
+
+
+def test_a_model_that_peft_has_no_adapters_for_is_refused_before_training(tmp_path):
+    folder = tmp_path / "mamba"
+    family("mamba", {"state_size": 8}).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    model = {"source": str(folder), "base_weights": "bf16"}
+    with pytest.raises(ConfigError, match=r"no adapters for this model, a mamba .*method full"):
+        check_model(Lab(tmp_path, model=model).profile)
+    check_model(Lab(tmp_path, model=model, train={"method": "full"}).profile)
+
+
+def test_layers_that_store_the_transpose_are_perturbed_by_output_and_put_back():
+    model = family("gpt2", OLD)
+    weight = model.transformer.h[0].attn.c_attn.weight
+    with torch.no_grad():
+        weight[:, 0] = 100.0  # one output far larger than the others
+    before = weight.detach().clone()
+    with perturbed_weights(model, 0.1):
+        step = (weight - before).detach()
+        assert step[:, 0].square().mean().sqrt() == pytest.approx(10, rel=0.5)
+        assert 0 < step[:, 1:].abs().max() < 1
+    assert torch.equal(weight, before)
