@@ -54,18 +54,23 @@ def peak_memory_gb():
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 3)
 
 
-def matmul_gflops(repeats=10):
-    """Fastest bf16 matrix product of this process, in GFLOP/s: what utilisation is a share of."""
+def matmul_gflops(repeats=10, seconds=0.5):
+    """Fastest bf16 matrix product of this process, in GFLOP/s: what utilisation is a share of.
+
+    A processor without instructions for bf16 takes seconds for each: it is asked once.
+    """
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = 8192 if device == "cuda" else 1024
     a = torch.ones(size, size, dtype=torch.bfloat16, device=device)
-    best = math.inf
+    best, begun = math.inf, time.perf_counter()
     for _ in range(repeats):
         started = time.perf_counter()
         float((a @ a)[0, 0])  # reading a value waits for the device
         best = min(best, time.perf_counter() - started)
+        if time.perf_counter() - begun > seconds:
+            break
     return 2 * size**3 / best / 1e9
 
 

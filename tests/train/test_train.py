@@ -144,9 +144,10 @@ def test_noise_is_gone_after_an_exception_in_training(lab, error):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(lab):
-    nano = lab(train={"learning_rate": 1e30, "max_grad_norm": 1e30})
+    nano = lab(train={"max_grad_norm": 1e30})
+    far = ("learning_rate=recipe.learning_rate", "learning_rate=1e30")
     with pytest.raises(FloatingPointError, match="lower train.learning_rate or noise_alpha"):
-        nano.train()
+        nano.train(edits=[far])
     assert not (nano.paths.run("neft_a15", 0) / "provenance.json").exists()
 
 
