@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from neft_utils.base.files import atomic_write_text
+from neft_utils.base.paths import find
 from neft_utils.base.profiles import Data, Model
 from neft_utils.base.read_profile import check_name, load_profile
 from neft_utils.base.strict import ConfigError
@@ -52,9 +53,11 @@ def write_profile(name, base, model=None, rows=None):
         raise ConfigError(f"{file} exists: delete it, or give another NAME")
     under = load_profile(base)
     text = [HEAD.format(name=name, base=base, file=shlex.quote(str(file)))]
-    chosen = _model(model) if model else under.model
+    chosen = under.model
     if model:
+        chosen = _model(model)
         text.append(_section("model", {"source": chosen.source, "revision": chosen.revision}))
+        chosen = dataclasses.replace(chosen, source=_here(chosen.source))
     if rows:
         chosen = dataclasses.replace(chosen, base_weights=under.model.base_weights)
         text += _fitting(under, chosen, rows)
@@ -72,6 +75,12 @@ def write_profile(name, base, model=None, rows=None):
     return f"{file} written: look at it, then make check PROFILE={shlex.quote(str(file))}"
 
 
+def _here(path):
+    """The path as the new profile will find it, which lies in the working directory."""
+    found = find(path, Path.cwd())
+    return path if found is None else str(found)
+
+
 def _model(text):
     source, _, revision = text.partition("@") if not Path(text).is_dir() else (text, "", "")
     return Model(source=source, revision=revision or None)
@@ -85,7 +94,9 @@ def _fitting(under, model, path):
     count = count_tokens(load_tokenizer(model))
     kind = "json" if Path(path).suffix.lower() in (".json", ".jsonl") else "alpaca"
     few = {"train_rows": 1, "validation_rows": 1, "test_rows": 1}
-    asked = Data(source=kind, path=path, max_tokens=2**30, ood_rows=under.data.ood_rows, **few)
+    asked = Data(
+        source=kind, path=_here(path), max_tokens=2**30, ood_rows=under.data.ood_rows, **few
+    )
     files = source_files(asked)
     made, _ = rows_of(asked, [0], count, **files)
     lengths = sorted(

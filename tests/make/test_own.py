@@ -90,7 +90,12 @@ def test_make_profile_writes_sizes_that_fit(tmp_path, monkeypatch, capsys):
     text = (tmp_path / "mine.yaml").read_text("utf-8")
     assert "extends: nano" in text and "# train:" in text and "80 rows, median" in text
     mine, nano = load_profile("mine.yaml"), load_profile("nano")
-    assert mine.model.source == "my model" and mine.train == nano.train and mine.arms == nano.arms
+    assert 'source: "my model"' in text or "source: my model" in text  # as it was given
+    assert (
+        mine.model.source == str(tmp_path / "my model")
+        and mine.train == nano.train
+        and mine.arms == nano.arms
+    )
     total = mine.data.train_rows + mine.data.validation_rows + mine.data.test_rows
     assert 30 <= total <= 34 and mine.data.max_tokens < 400 and mine.data.max_tokens % 32 == 0
     capsys.readouterr()
