@@ -493,6 +493,18 @@ def test_attaching_to_and_detaching_from_a_compiled_model_takes_effect(
     torch._dynamo.reset()
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_graph_without_breaks_is_refused_in_words_that_name_the_noise():
+    model = tiny()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with (
+        noisy_embeddings(model),
+        pytest.raises(Exception, match="(?s)NEFTune's noise is not for compiled.*fullgraph=False"),
+    ):
+        compiled(**ragged([5]), use_cache=False)
+    torch._dynamo.reset()
+
+
 # ---------------------------------------------------------------------------------------- DDP
 
 
