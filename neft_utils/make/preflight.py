@@ -7,6 +7,7 @@ judge's key) is said. A profile for a GPU never falls back to the CPU without a 
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -72,7 +73,8 @@ def gpus():
 
 def _device(profile):
     if profile.device == "cpu":
-        return f"CPU, {cores()} cores"
+        slow = ", without instructions for bf16: several times slower than planned"
+        return f"CPU, {cores()} cores" + (slow if without_bf16() else "")
     cards = gpus()
     if not cards:
         raise ConfigError(
@@ -202,6 +204,16 @@ def cores():
     """Cores that this process may use, which in a container or a batch job are not all."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count()
+
+
+def without_bf16(info=Path("/proc/cpuinfo")):
+    """Whether the processor has no instructions for bf16, as far as the system says."""
+    try:
+        text = info.read_text("utf-8")
+    except OSError:
+        return False
+    known = re.search(r"^(flags|Features)\b", text, re.MULTILINE)
+    return bool(known) and not re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", text)
 
 
 def memory_gb():

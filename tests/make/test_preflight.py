@@ -166,3 +166,19 @@ def test_models_that_are_not_here_yet(monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match="neither a folder nor a hub id"):
         check(model(source="./not/there"))
     assert dict(check(model(source=str(tmp_path))))["model"] == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text, slow",
+    [
+        ("flags\t\t: fpu sse avx2 f16c\n", True),
+        ("flags\t\t: fpu avx512_bf16\n", False),
+        ("flags\t\t: fpu amx_bf16 amx_tile\n", False),
+        ("Features\t: fp asimd bf16\n", False),
+        ("processor\t: 0\n", False),  # nothing is said
+    ],
+)
+def test_a_processor_without_bf16_is_known(tmp_path, text, slow):
+    (tmp_path / "cpuinfo").write_text(text, "utf-8")
+    assert preflight.without_bf16(tmp_path / "cpuinfo") is slow
+    assert not preflight.without_bf16(tmp_path / "not there")
