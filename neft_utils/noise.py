@@ -393,12 +393,20 @@ class EmbeddingNoise:
         _refuse_second_noise(embedding)
         config = getattr(model, "config", None)
         self._whole_config = config
-        self._config = getattr(config, "get_text_config", lambda **_: config)(decoder=True)
+        try:
+            self._config = config.get_text_config(decoder=True)
+        except (AttributeError, ValueError):  # no such config, or several in one
+            self._config = config
         embeddings = [embedding]
         if getattr(config, "is_encoder_decoder", False):
             if self.where in ("prompt", "response"):
                 raise ValueError(f"where='{self.where}' is for decoder-only models")
-            self._decoder = model.get_decoder()
+            self._decoder = getattr(model, "get_decoder", lambda: None)()
+            if self._decoder is None:
+                raise ValueError(
+                    f"{type(model).__name__} has an encoder and no get_decoder(), so that the"
+                    " tokens of the two cannot be told apart"
+                )
             embeddings = _token_embeddings(model, embedding)
         known = dict(model.named_modules(remove_duplicate=False))
         names = [name for name, module in known.items() if any(module is e for e in embeddings)]

@@ -136,6 +136,14 @@ def test_prompt_and_response_are_for_models_without_an_encoder():
             EmbeddingNoise(5.0, where=where).attach(seq2seq("T5"))
 
 
+def test_an_encoder_without_a_decoder_to_ask_for_is_refused():
+    class Unknown(Toy):
+        config = transformers.T5Config()
+
+    with pytest.raises(ValueError, match="Unknown has an encoder and no get_decoder"):
+        EmbeddingNoise().attach(Unknown())
+
+
 def test_two_look_ups_of_a_forward_differ_and_do_not_depend_on_micro_batches():
     class TwoHeads(Toy):
         """Looks the next tokens up as well, as multi-token prediction does."""
