@@ -300,15 +300,17 @@ def _coordinates(positions, shape):
 # --------------------------------------------------------------------------------- hooks
 
 
+_WHY = {"reason": "NEFTune's noise is not for compiled graphs: use fullgraph=False"}
+if "reason" not in inspect.signature(torch.compiler.disable).parameters:
+    _WHY = {}  # before torch 2.7
+
+
 class _Hook:
     """One hook of `noise`, kept out of compiled graphs; in a deep copy or pickle, a no-op."""
 
     def __init__(self, noise=None, method=None):
         self.noise = noise
-        why = {"reason": "NEFTune's noise is not for compiled graphs: use fullgraph=False"}
-        if "reason" not in inspect.signature(torch.compiler.disable).parameters:
-            why = {}  # before torch 2.7
-        self.run = noise and torch.compiler.disable(getattr(noise, method), **why)
+        self.run = noise and torch.compiler.disable(getattr(noise, method), **_WHY)
 
     def __call__(self, *args):
         return None if self.run is None else self.run(*args)
@@ -499,8 +501,9 @@ class EmbeddingNoise:
                 " get_peft_model)"
             )
         self._warn(
+            "inputs_embeds",
             "inputs_embeds was given, so no embedding was looked up and no noise added: pass"
-            " input_ids, or add the noise to inputs_embeds yourself, within ±noise_scale(...)"
+            " input_ids, or add the noise to inputs_embeds yourself, within ±noise_scale(...)",
         )
 
     def _context(self):
@@ -627,20 +630,24 @@ class EmbeddingNoise:
             )
         if padding:
             self._warn(
+                "padding",
                 f"{padding} tokens have the id of the padding ({self._config.pad_token_id}) and"
-                " no attention_mask was given: pass it, or the model attends to padding"
+                " no attention_mask was given: pass it, or the model attends to padding",
             )
         if inner and self._leak:
-            self._warn(f"the noise takes each document by itself, the model does not: {self._leak}")
+            what = f"the noise takes each document by itself, the model does not: {self._leak}"
+            self._warn("documents", what)
         if ended and self.noise_alpha > 0 and not self._sums[0]:
             self._warn(
+                "nothing",
                 f"no noise was added: of {self._calls} look-ups in training mode no token was real"
-                f" (attention_mask) and to be noised (where='{self.where}')"
+                f" (attention_mask) and to be noised (where='{self.where}')",
             )
 
-    def _warn(self, text):
-        if text not in self._said:
-            self._said.add(text)
+    def _warn(self, what, text):
+        """Warn once of a kind: the numbers in the text grow with every forward."""
+        if what not in self._said:
+            self._said.add(what)
             warnings.warn(text, stacklevel=2)
 
     def _chosen(self, shape, context, first):
@@ -680,9 +687,10 @@ class EmbeddingNoise:
         out["relative_rms"] = relative = math.sqrt(noise / clean) if clean else None
         if relative is not None and tokens and not 0.01 <= relative <= 1:
             self._warn(
+                "size",
                 f"the noise has {relative:.2g} times the size of the embedding: "
                 + ("too little to matter" if relative < 1 else "it hides the tokens")
-                + "; suggest_noise_alpha(model, lengths) gives the α for a quarter"
+                + "; suggest_noise_alpha(model, lengths) gives the α for a quarter",
             )
         seen = torch.tensor(seen, dtype=torch.float64, device="cpu").cumsum(0)
         for name, quantile in zip(alphas, (0.1, 0.5, 0.9), strict=True):

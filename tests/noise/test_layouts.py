@@ -468,6 +468,12 @@ def test_padding_without_a_mask_is_said():
     for batch in (ids, ids.flip(1)):
         with pytest.warns(UserWarning, match=r"3 tokens have the id of the padding \(0\)"):
             drawn(tiny(), input_ids=batch)
+    model = tiny()
+    with warnings.catch_warnings(record=True) as caught, noisy_embeddings(model):
+        warnings.simplefilter("always")
+        for _ in range(3):  # more of them with every forward
+            model(input_ids=ids)
+    assert len(caught) == 1
     with pytest.warns(UserWarning, match="1 tokens have the id"):  # three in a row, not each eos
         drawn(tiny(eos_token_id=0), input_ids=ids)
     with warnings.catch_warnings():

@@ -508,7 +508,14 @@ def test_a_graph_without_breaks_is_refused_in_words_that_name_the_noise():
 # ---------------------------------------------------------------------------------------- DDP
 
 
-def ddp_worker(rank, port, folder):
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def be_rank(rank, port):
+    """Make this process one of two, as torchrun does."""
     torch.set_num_threads(1)
     os.environ.update(
         MASTER_ADDR="127.0.0.1",
@@ -517,6 +524,10 @@ def ddp_worker(rank, port, folder):
         LOCAL_RANK=str(rank),
         WORLD_SIZE="2",
     )
+
+
+def ddp_worker(rank, port, folder):
+    be_rank(rank, port)
     seen = {}
     for name, alpha in (("ours", None), ("theirs", 5.0)):
         watch = Watch()
@@ -536,10 +547,7 @@ def ddp_worker(rank, port, folder):
 
 
 def test_ranks_of_a_ddp_run_draw_different_noise(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(ddp_worker, (port, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(ddp_worker, (free_port(), str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     assert first["ours"].shape == second["ours"].shape == (2 * 4 * 6, 32)
     together = torch.cat([first["ours"], second["ours"]])

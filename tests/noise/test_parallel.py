@@ -1,22 +1,14 @@
 """Ranks that hold the same tokens draw the same noise; ranks that hold pieces are refused."""
 
-import os
-import socket
-
 import pytest
 import torch
 import transformers
 from test_noise import Toy, looked_up, ragged, tiny
+from test_noise_trainers import be_rank, free_port
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from neft_utils.noise import EmbeddingNoise, noisy_embeddings
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @pytest.fixture
@@ -92,14 +84,7 @@ def test_an_embedding_that_puts_out_a_piece_of_the_sequence_is_refused():
 
 
 def worker(rank, port, folder):
-    torch.set_num_threads(1)
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE="2",
-    )
+    be_rank(rank, port)
     torch.distributed.init_process_group("gloo")
     model = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/model", tp_plan="auto")
     model.train()

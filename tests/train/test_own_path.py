@@ -193,18 +193,25 @@ def test_a_model_that_sees_what_comes_after_is_refused():
         make_fast(encoder)
 
 
-def test_a_model_with_a_state_is_trained_document_by_document(tmp_path, monkeypatch):
-    """Step by step the same as one document a forward by transformers; the noise knows its row."""
+def mamba_lab(tmp_path, monkeypatch, train, noise):
+    """A profile that fine-tunes all of a small Mamba, with rows."""
     folder = tmp_path / "mamba"
     family("mamba", {"state_size": 8}).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
-    lab = Lab(
+    return Lab(
         tmp_path,
         monkeypatch,
         model={"source": str(folder), "base_weights": "bf16"},
-        train={"method": "full", "epochs": 1, "learning_rate": 1e-4},
-        arms={"baseline": {"noise_alpha": 0}, "neft_a15": {"noise_alpha": 15}},
+        train={"method": "full", **train},
+        arms={"baseline": {"noise_alpha": 0}, "neft_a15": noise},
     ).prepare()
+
+
+def test_a_model_with_a_state_is_trained_document_by_document(tmp_path, monkeypatch):
+    """Step by step the same as one document a forward by transformers; the noise knows its row."""
+    lab = mamba_lab(
+        tmp_path, monkeypatch, {"epochs": 1, "learning_rate": 1e-4}, {"noise_alpha": 15}
+    )
     names = lab.train("neft_a15", until="with recorded(")
     trainer, noise = names["trainer"], names["noise"].noise.attach(names["trainer"].model)
     rows = [trainer.train_dataset[n] for n in range(4)]
@@ -232,19 +239,7 @@ def test_a_model_with_a_state_is_trained_document_by_document(tmp_path, monkeypa
 
 
 def test_noise_by_the_rows_width_needs_rows(tmp_path, monkeypatch):
-    folder = tmp_path / "mamba"
-    family("mamba", {"state_size": 8}).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    lab = Lab(
-        tmp_path,
-        monkeypatch,
-        model={"source": str(folder), "base_weights": "bf16"},
-        train={"method": "full"},
-        arms={
-            "baseline": {"noise_alpha": 0},
-            "neft_a15": {"noise_alpha": 15, "length": "packed"},
-        },
-    ).prepare()
+    lab = mamba_lab(tmp_path, monkeypatch, {}, {"noise_alpha": 15, "length": "packed"})
     with pytest.raises(ConfigError, match="use length: sequence"):
         lab.train("neft_a15", until="with recorded(")
 
