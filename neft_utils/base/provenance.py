@@ -48,6 +48,16 @@ def _cpu_name():
         return platform.processor() or platform.machine()
 
 
+def without_bf16(info=Path("/proc/cpuinfo")):
+    """Whether the processor has no instructions for bf16, as far as the system says."""
+    try:
+        text = info.read_text("utf-8")
+    except OSError:
+        return False
+    known = re.search(r"^(flags|Features)\b", text, re.MULTILINE)
+    return bool(known) and not re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", text)
+
+
 def peak_memory_gb():
     """Largest resident memory of this process so far, in GB (10⁹ bytes)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

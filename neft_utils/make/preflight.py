@@ -7,7 +7,6 @@ judge's key) is said. A profile for a GPU never falls back to the CPU without a 
 import importlib.metadata
 import json
 import os
-import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -17,6 +16,7 @@ from neft_utils.base.files import ROOT
 from neft_utils.base.model_config import check_lengths
 from neft_utils.base.paths import find
 from neft_utils.base.pins import pins
+from neft_utils.base.provenance import without_bf16
 from neft_utils.base.strict import ConfigError
 from neft_utils.base.wheels import pinned_packages
 from neft_utils.evaluate.vllm.locate import VARIABLE, vllm_python
@@ -204,16 +204,6 @@ def cores():
     """Cores that this process may use, which in a container or a batch job are not all."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count()
-
-
-def without_bf16(info=Path("/proc/cpuinfo")):
-    """Whether the processor has no instructions for bf16, as far as the system says."""
-    try:
-        text = info.read_text("utf-8")
-    except OSError:
-        return False
-    known = re.search(r"^(flags|Features)\b", text, re.MULTILINE)
-    return bool(known) and not re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", text)
 
 
 def memory_gb():

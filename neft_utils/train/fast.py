@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from peft.tuners.lora import Linear as PeftLinear
 
 from neft_utils.train.attention import ATTENTION, register
+from neft_utils.train.bf16_products import widen_products
 from neft_utils.train.encoding import flat_batch
 from neft_utils.train.own_path import agrees, inner_model, once, own_attention, own_nll
 
@@ -163,9 +164,11 @@ def make_fast(model, longest=0, say=print):
     longest document that it will be given. LoRA layers become lean. Attention becomes one per
     document if the losses of two documents in a row are those of each by itself, with the model's
     own attention; else the model keeps its own path, one document at a time, and `say` is told.
+    On processors without bf16 products are computed in float32 (`bf16_products`), process-wide.
     Returns the model. Raises ConfigError for what is no causal language model.
     """
     register()
+    widen_products()
     lean_lora(model)
     inner = inner_model(model)
     if inner.config._attn_implementation != ATTENTION:

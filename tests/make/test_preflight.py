@@ -9,7 +9,7 @@ import sys
 import pytest
 from tiny import Lab
 
-from neft_utils.base import pins
+from neft_utils.base import pins, provenance
 from neft_utils.base.profiles import Judge
 from neft_utils.base.read_profile import load_profile
 from neft_utils.base.strict import ConfigError
@@ -180,5 +180,5 @@ def test_models_that_are_not_here_yet(monkeypatch, tmp_path):
 )
 def test_a_processor_without_bf16_is_known(tmp_path, text, slow):
     (tmp_path / "cpuinfo").write_text(text, "utf-8")
-    assert preflight.without_bf16(tmp_path / "cpuinfo") is slow
-    assert not preflight.without_bf16(tmp_path / "not there")
+    assert provenance.without_bf16(tmp_path / "cpuinfo") is slow
+    assert not provenance.without_bf16(tmp_path / "not there")
