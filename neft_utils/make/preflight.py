@@ -11,14 +11,13 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from neft_utils.base import hub
+from neft_utils.base import gguf, hub
 from neft_utils.base.files import ROOT
 from neft_utils.base.model_config import check_lengths
-from neft_utils.base.paths import find
+from neft_utils.base.paths import OWN_MODELS, find
 from neft_utils.base.pins import pins
 from neft_utils.base.provenance import without_bf16
 from neft_utils.base.strict import ConfigError
-from neft_utils.base.wheels import pinned_packages
 from neft_utils.evaluate.vllm.locate import VARIABLE, vllm_python
 
 ALPACA_EVAL = 805  # prompts that it has
@@ -158,10 +157,10 @@ def _model(profile):
         if (folder / "config.json").is_file():
             check_lengths(profile, _config(folder / "config.json"))
             break
-    if model.source in pinned_packages():
-        wheel = f"{model.source.replace('-', '_')}-*.whl"
-        cached = list((ROOT / "data" / "wheels").glob(wheel))
-        return f"{model.source}, " + ("in the cache" if cached else "to be downloaded")
+    if model.source in gguf.MODELS:
+        terms = gguf.MODELS[model.source].terms
+        place = "in the cache" if gguf.is_cached(model.source) else "to be downloaded"
+        return f"{model.source}, {place}" + (f"; {terms}" if terms else "")
     if model.source == "nano" or ((folder := find(model.source)) and folder.is_dir()):
         return model.source
     return f"{model.source}, " + hub.state(model.source, model.revision, "model.source")
@@ -169,9 +168,10 @@ def _model(profile):
 
 def _made(source):
     """The folder that notebook 01 made of a pinned wheel, or of `nano`: a list of at most one."""
-    version = pinned_packages().get(source, (None,))[0]
-    name = source if version is None else f"{source}-{version}"
-    return [ROOT / "data" / "models" / name] if version or source == "nano" else []
+    if source not in OWN_MODELS:
+        return []
+    name = source if source == "nano" else f"{source}-{gguf.version_of(source)}"
+    return [ROOT / "data" / "models" / name]
 
 
 def _config(path):

