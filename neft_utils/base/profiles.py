@@ -48,6 +48,9 @@ class Data:
     train_rows: int = at_least(1, 64)  # drawn anew from the pool by every seed
     validation_rows: int = at_least(1, 32)
     test_rows: int = at_least(1, 64)
+    # Rows in the split's order before the first test row: trained on here, since an earlier look
+    # or another profile has tested on them.
+    test_offset: int = at_least(0, 0)
     ood_rows: int = at_least(0, 0)  # MT-Bench reference answers
     split_seed: int = at_least(0, 0)
 

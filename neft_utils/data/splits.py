@@ -152,8 +152,9 @@ def holds_no(prompts):
 def split(rows, config):
     """{"pool", "validation", "test"}: whole clusters in random order, none on two sides.
 
-    Each cluster goes where it still fits, test first, else to pool. Rows of a split are in random
-    order, so its first n rows are a random sample of it. Raises DataError for too few rows.
+    Each cluster goes where it still fits, test first, else to pool; the first `test_offset` rows
+    are no test rows. Rows of a split are in random order, so its first n rows are a random sample
+    of it. Raises DataError for too few rows.
     """
     clusters = defaultdict(list)
     for row in rows:
@@ -173,9 +174,12 @@ def split(rows, config):
 def _placed(groups, config, test, validation):
     splits = {"pool": [], "validation": [], "test": []}
     sizes = {"test": test, "validation": validation, "pool": math.inf}
+    placed = 0
     for i in np.random.default_rng(config.split_seed).permutation(len(groups)):
         fits = (name for name in sizes if len(splits[name]) + len(groups[i]) <= sizes[name])
-        splits[next(fits)].extend(groups[i])
+        name = next(one for one in fits if one != "test" or placed >= config.test_offset)
+        splits[name].extend(groups[i])
+        placed += len(groups[i])
     return splits
 
 

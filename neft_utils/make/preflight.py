@@ -72,7 +72,7 @@ def gpus():
 
 def _device(profile):
     if profile.device == "cpu":
-        slow = ", without instructions for bf16: several times slower than planned"
+        slow = ", without instructions for bf16: four times the time"
         return f"CPU, {cores()} cores" + (slow if without_bf16() else "")
     cards = gpus()
     if not cards:

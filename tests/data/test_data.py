@@ -21,6 +21,7 @@ from neft_utils.data.filters import SHAREGPT_FILTERS
 from neft_utils.data.sources import DataError, read_jsonl
 from neft_utils.data.splits import load_split
 
+SPLITS = ("pool", "validation", "test")
 JSON = Data(source="json", train_rows=8, validation_rows=4, test_rows=6)
 SHAREGPT = Data(source="sharegpt", train_rows=1, validation_rows=1, test_rows=1)
 GOOD = (
@@ -330,6 +331,27 @@ def test_another_split_seed_gives_other_splits(tmp_path):
     prepare(replace(config, split_seed=1), [0], tmp_path / "b", words)
     for name in ("test", "train-s0"):
         assert load_split(tmp_path / "a", name) != load_split(tmp_path / "b", name)
+
+
+def test_rows_before_the_offset_are_trained_on_and_not_tested_on(tmp_path):
+    config = json_config(tmp_path, distinct_rows(60))
+    prepare(config, [0], tmp_path / "first", words)
+    prepare(replace(config, test_offset=config.test_rows), [0], tmp_path / "second", words)
+    first, second = (
+        {split: [row["id"] for row in load_split(tmp_path / place, split)] for split in SPLITS}
+        for place in ("first", "second")
+    )
+    assert len(first["test"]) == len(second["test"]) == config.test_rows
+    assert not set(first["test"]) & set(second["test"])
+    assert set(first["test"]) <= {*second["pool"], *second["validation"]}
+    whole = [sorted(one["pool"] + one["validation"] + one["test"]) for one in (first, second)]
+    assert whole[0] == whole[1]
+
+
+def test_an_offset_that_leaves_too_few_rows_names_sizes_that_fit(tmp_path):
+    config = json_config(tmp_path, distinct_rows(60))
+    with pytest.raises(DataError, match="too few for test_rows 6.* would fit"):
+        prepare(replace(config, test_offset=58), [0], tmp_path / "out", words)
 
 
 def test_no_cluster_of_similar_rows_spans_two_splits(tmp_path):
