@@ -27,7 +27,7 @@ from scipy.stats import norm
 from neft_utils.compare.length_pairs import of_arms, raw_difference, wins_of
 
 FORMS = ("tanh", "pooled_tanh", "log_ratio", "pooled_log_ratio")
-REFUTED = 3.0  # standard errors by which a form must predict worse than the best
+REFUTED = 0.001  # a form of less weight is called refuted
 
 
 def fit_logit(design, response, weights=None, max_steps=60):
@@ -206,12 +206,6 @@ def form_weights(fit, n, n_draws=20_000, seed=0):
     draws = np.random.default_rng(seed).normal(excess, se, (n_draws, len(fit)))
     draws = np.where(np.isnan(draws), np.inf, draws)
     return pd.Series(softmax(-2 * n * draws, axis=1).mean(0), index=fit["form"], name="weight")
-
-
-def refuted(fit):
-    """{form: whether it predicts worse than the best by more than REFUTED standard errors}."""
-    excess, se = fit[["excess", "excess_se"]].to_numpy(float).T
-    return dict(zip(fit["form"], (excess > REFUTED * se).tolist(), strict=True))
 
 
 def weighted_gain(gains, weights):

@@ -24,9 +24,9 @@ def views(comparison, pair):
     weight (of a form of length control, 0 to 1).
 
     kind: raw; official (the leaderboard's); weighted (all forms by their fit); refit, or refuted
-    where `length_control.refuted` says so; matched (t interval over pairs); forced (the control
-    was made longer). The paper's Table 5 has one run an arm and no interval. comparison: from
-    `compare`, or None; then only what was printed.
+    where a form's weight is below `length_control.REFUTED`; matched (t interval over pairs); forced
+    (the control was made longer). The paper's Table 5 has one run an arm and no interval.
+    comparison: from `published.compare`, or None; then only what was printed.
     """
     official = ["leaderboard, length-controlled", "official", pair["length_controlled"][2]]
     rows = [["leaderboard, as judged", "raw", pair["raw"][2]], official]
@@ -34,12 +34,13 @@ def views(comparison, pair):
         n, fit = comparison["n"], pd.DataFrame(comparison["fit"])
         raw = (comparison["raw_difference"], *comparison["raw_ci"])
         forms = comparison["length_controlled"]
-        weights, refuted = length_control.form_weights(fit, n), length_control.refuted(fit)
+        weights = length_control.form_weights(fit, n)
         rows[0] = ["as judged", "raw", *raw, n]
         every = length_control.weighted_gain({"none": raw, **forms}, weights)
         rows.append(["four forms, weighted by fit", "weighted", *every, n])
         for form, values in forms.items():
-            kind = "refuted" if refuted[form] else "refit"
+            refuted = weights[form] < length_control.REFUTED and values[0] is not None
+            kind = "refuted" if refuted else "refit"
             rows.append([form.replace("_", " "), kind, *values, n, weights[form]])
         for tolerance, (mean, se, count) in comparison["length_matched"].items():
             wide = None if se is None else se * t.ppf(0.975, count - 1)
