@@ -43,6 +43,19 @@ def leaderboard_pair(control=CONTROL, treatment=TREATMENT):
     return out
 
 
+def table_5():
+    """The paper's Table 5, its only intervention on length: one model, Alpaca, GPT-4 as judge.
+
+    A row per arm, by note: win_rate (percent), chars (mean length of an answer), gain (points by
+    which NEFTune wins more often). One run an arm, so no intervals.
+    """
+    five = paper_results().query("table == '5'")
+    wide = five.pivot(index="note", columns="metric", values="value")
+    wide = wide.rename(columns={"win_rate_vs_davinci003": "win_rate", "response_chars": "chars"})
+    wide = wide[["chars", "win_rate"]].sort_values("win_rate")
+    return wide.assign(gain=wide.win_rate["NEFTune"] - wide.win_rate)
+
+
 def paper_values():
     """What the claims quote from the paper's tables, as text, by name."""
     table = paper_results().set_index("table")

@@ -14,17 +14,20 @@ finite for an empty answer. The pooled forms share one slope phi (and one sd) be
 Length is an outcome of the treatment, so what remains is a controlled direct effect under the
 form chosen, not a causal decomposition; where lengths hardly overlap it is extrapolation, and the
 forms may disagree by more than their intervals say. `length_pairs.overlap` guards that,
-`compare_forms` says which form fits. Fractional responses: Papke & Wooldridge 1996. `pairs` is
-everywhere what `length_pairs.pair_arms` returns, n its number of rows.
+`compare_forms` says how well each form predicts the judge on prompts that it was not fitted to,
+and `weighted_gain` counts each form by that. Fractional responses: Papke & Wooldridge 1996.
+`pairs` is everywhere what `length_pairs.pair_arms` returns, n its number of rows.
 """
 
 import numpy as np
 import pandas as pd
-from scipy.special import expit
+from scipy.special import expit, softmax
+from scipy.stats import norm
 
 from neft_utils.compare.length_pairs import of_arms, raw_difference, wins_of
 
 FORMS = ("tanh", "pooled_tanh", "log_ratio", "pooled_log_ratio")
+REFUTED = 0.001  # a form of less weight is called refuted
 
 
 def fit_logit(design, response, weights=None, max_steps=60):
@@ -188,6 +191,38 @@ def compare_forms(pairs, n_folds=10, seed=0):
     table["excess"] = [float((loss - best).mean()) for loss in losses]
     table["excess_se"] = [float((loss - best).std(ddof=1) / n**0.5) for loss in losses]
     return table.sort_values("log_loss", ignore_index=True)
+
+
+def form_weights(fit, n, n_draws=20_000, seed=0):
+    """How much each form counts, by how well it predicts the judge out of sample; sums to 1.
+
+    fit: from `compare_forms` of n pairs. Softmax of minus the total held-out log-loss of the 2n
+    judgements, so that a form ten nats behind counts e^-10. The losses are known to their standard
+    errors only: the softmax is averaged over normal draws of `excess`. That is pseudo-BMA+ (Yao
+    et al. 2018, arXiv:1704.02030) with normal draws in place of its bootstrap. Returns a Series by
+    form; 0 for a form without a fit.
+    """
+    excess, se = fit[["excess", "excess_se"]].to_numpy(float).T
+    draws = np.random.default_rng(seed).normal(excess, se, (n_draws, len(fit)))
+    draws = np.where(np.isnan(draws), np.inf, draws)
+    return pd.Series(softmax(-2 * n * draws, axis=1).mean(0), index=fit["form"], name="weight")
+
+
+def weighted_gain(gains, weights):
+    """(estimate, ci_low, ci_high) over the forms, the choice of form included.
+
+    gains: {form: (estimate, ci_low, ci_high)}, points, with the raw difference as "none". weights:
+    from `form_weights`. The variance is the weighted mean of the forms' own variances plus the
+    spread of their estimates (law of total variance; Burnham & Anderson 2002, section 4.3). Forms
+    of weight 0 may be NaN; NaN if another one is.
+    """
+    wide = norm.ppf(0.975)
+    used = [form for form in weights.index if weights[form] > 0]
+    mean, low, high = np.array([gains[form] for form in used], float).T
+    share, se = weights[used].to_numpy(), (high - low) / (2 * wide)
+    estimate = share @ mean
+    half = wide * (share @ (se**2 + (mean - estimate) ** 2)) ** 0.5
+    return float(estimate), float(estimate - half), float(estimate + half)
 
 
 def _predict(pairs, form, weights=None):

@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 import pandas as pd
-from scipy.stats import t
 
 from neft_utils.base.files import write_csv, write_json
 from neft_utils.base.paths import REFERENCE, Paths
@@ -23,13 +22,13 @@ from neft_utils.base.wheels import NoNetworkError
 from neft_utils.compare import length_control, length_pairs
 from neft_utils.compare.expected import EVIDENCE
 from neft_utils.compare.facts import leaderboard_pair, leaderboard_rows, paper_results
+from neft_utils.compare.published_views import views
 from neft_utils.evaluate import text_metrics
 from neft_utils.evaluate.alpaca_eval import COMMIT, CONTROL, TREATMENT, prompt_id, submission
 
 CHUNK = 50  # words; the paper's C for Alpaca (Table 4)
 LIMITS = ("mean", "low", "high")
 NAMES = ("model_outputs.json", "annotations.json")
-VIEWS = ["view", "kind", "estimate", "ci_low", "ci_high", "n"]
 
 
 def read_arm(folder):
@@ -191,8 +190,8 @@ def revisit(paths, say=print, cache=None):
     and the DataFrames leaderboard, views, matched, quintiles, fit, text_statistics, and writes
     comparison.json and a CSV of each table: numbers, no texts. source is "annotations"; without
     cache and network it is "stored" if this folder or a reference holds the numbers of the same
-    files, else "leaderboard" (comparison None, views has its two rows, no further tables); one
-    line says so. Raises ProvenanceError for a file that is there but is not the pinned one.
+    files, else "leaderboard" (comparison None, views has printed numbers only, no further tables);
+    one line says so. Raises ProvenanceError for a file that is there but is not the pinned one.
     """
     folder, pair = paths.results / "published", leaderboard_pair()
     source, found, tables = "annotations", None, {"leaderboard": leaderboard_rows()}
@@ -230,28 +229,6 @@ def _stored(*folders):
         if found.get("commit") == COMMIT:
             return found, texts
     return None, None
-
-
-def views(comparison, pair):
-    """One row per answer to "how much better?": view, kind, estimate, ci_low, ci_high, n (points).
-
-    comparison: from `compare`, or None; then the leaderboard's two numbers, which have no
-    intervals. Matched pairs get a t interval over pairs.
-    """
-    official = ["leaderboard, length-controlled", "official", pair["length_controlled"][2]]
-    rows = [["leaderboard, raw", "raw", pair["raw"][2]], official]
-    if comparison is not None:
-        n = comparison["n"]
-        rows[0] = ["raw", "raw", comparison["raw_difference"], *comparison["raw_ci"], n]
-        for form, values in comparison["length_controlled"].items():
-            rows.append([form.replace("_", " "), "refit", *values, n])
-        for tolerance, (mean, se, count) in comparison["length_matched"].items():
-            wide = None if se is None else se * t.ppf(0.975, count - 1)
-            ends = [None, None] if se is None else [mean - wide, mean + wide]
-            rows.append([f"length within {float(tolerance):.0%}", "matched", mean, *ends, count])
-    rows = [row + [None] * (len(VIEWS) - len(row)) for row in rows]
-    numbers = dict.fromkeys(VIEWS[2:5], float) | {"n": "Int64"}
-    return pd.DataFrame(rows, columns=VIEWS).astype(numbers)
 
 
 def main(argv=None):

@@ -12,46 +12,78 @@ def leaderboard(pairs, labels):
     """Raw and length-controlled win-rate differences of published pairs, in points."""
     figure, axis = plt.subplots()
     places = np.arange(len(pairs))
-    for shift, kind, colour in ((-0.2, "raw", COLOURS[0]), (0.2, "length_controlled", COLOURS[1])):
+    kinds = ("raw", "as judged"), ("length_controlled", "length-controlled")
+    for shift, (kind, label), colour in zip((-0.2, 0.2), kinds, COLOURS, strict=False):
         heights = [pair[kind][2] for pair in pairs]
-        bars = axis.bar(places + shift, heights, 0.38, color=colour, label=kind.replace("_", "-"))
+        bars = axis.bar(places + shift, heights, 0.38, color=colour, label=label)
         axis.bar_label(bars, fmt="%+.1f", fontsize=9)
     axis.set_xticks(places, labels)
     left = pairs[0]["length_controlled"][2] / pairs[0]["raw"][2]
-    title = f"{labels[0].splitlines()[0]}: {left:.0%} of the raw gain is left at equal length"
+    title = f"{labels[0].splitlines()[0]}: length control leaves {left:.0%} of the gain"
     axis.set(ylabel="win rate with noise minus without (points)", title=wrapped(title))
     axis.legend()
     return figure
+
+
+KINDS = {  # kind of `published.views` -> its colour and what the legend calls it
+    "raw": ("black", "as judged"),
+    "official": (COLOURS[1], "the leaderboard's length control"),
+    "weighted": (COLOURS[0], "all forms of length control, weighted"),
+    "refit": (COLOURS[4], "one form of length control"),
+    "refuted": (BASELINE, "one that predicts the judge clearly worse"),
+    "matched": (COLOURS[2], "prompts whose two answers are similarly long"),
+    "forced": (COLOURS[5], "control made to write longer: one run, no interval"),
+}
 
 
 @styled
 def length_views(views):
     """Every answer to "how much better?" as a point with its interval, in percentage points.
 
-    views: columns view, kind (raw, official, refit, matched), estimate, ci_low, ci_high, n
-    (`published.views`); NaN where there is no interval or number.
+    views: columns view, kind, estimate, ci_low, ci_high, n, weight (`published.views`); NaN where
+    there is no interval or number.
     """
     shown = views[views.estimate.notna()]
-    figure, axis = plt.subplots(figsize=(6.4, 1.4 + 0.34 * len(shown)))
-    colours = {"raw": "black", "official": COLOURS[1], "refit": COLOURS[0], "matched": COLOURS[2]}
+    figure, axis = plt.subplots(figsize=(6.8, 2.4 + 0.36 * len(shown)))
     places = np.arange(len(shown))[::-1]
     for place, row in zip(places, shown.itertuples(), strict=True):
-        colour = colours[row.kind]
+        colour = KINDS[row.kind][0]
         if np.isfinite(row.ci_low):
             axis.plot([row.ci_low, row.ci_high], [place, place], color=colour, linewidth=2)
-        axis.plot(row.estimate, place, "o", color=colour)
+        axis.plot(row.estimate, place, "o", color=colour, fillstyle=_fill(row.kind))
         number = f"{row.estimate:+.1f}"
         axis.annotate(number, (row.estimate, place), (0, 5), textcoords="offset points", fontsize=8)
     axis.axvline(0, color=BASELINE, linewidth=1)
-    counts = ["" if pd.isna(n) else f" (n = {n})" for n in shown.n]
-    axis.set_yticks(places, [view + n for view, n in zip(shown["view"], counts, strict=True)])
-    axis.set(xlabel="win rate with noise minus without (points)", ylim=(-0.6, len(shown) - 0.2))
-    raw = shown[shown.kind == "raw"].estimate.iloc[0]
-    rest = shown[shown.kind != "raw"].estimate
-    gain = f"{rest.min():+.0f} to {rest.max():+.0f}" if len(rest) > 1 else f"{rest.min():+.0f}"
-    how = ", depending on how length is held" if len(rest) > 1 else ""
-    axis.set_title(wrapped(f"{raw:+.0f} points as judged, {gain} at equal length{how}"), x=-0.35)
+    axis.set_yticks(places, [_label(row) for row in shown.itertuples()])
+    axis.grid(axis="y", visible=False)
+    axis.set(ylim=(-0.6, len(shown) - 0.2))
+    axis.set_xlabel("win rate with noise minus without (points)")
+    marks = [
+        axis.plot([], [], "o", color=KINDS[kind][0], fillstyle=_fill(kind), label=KINDS[kind][1])[0]
+        for kind in KINDS
+        if kind in set(shown.kind)
+    ]
+    figure.legend(handles=marks, loc="outside lower left", ncols=2, fontsize=8)
+    first = shown.groupby("kind").estimate.first()
+    model, last = first.get("weighted", first["official"]), shown.groupby("kind").estimate.last()
+    title = (
+        f"{first['raw']:+.0f} points as judged, {model:+.0f} once a model of the judge takes length"
+        f" away. The authors' own pair: {last['raw']:+.0f}, and {last['forced']:+.0f} against a"
+        " control forced to write as much"
+    )
+    figure.suptitle(wrapped(title), x=0.01, ha="left", fontsize=11)
     return figure
+
+
+def _fill(kind):
+    """An open point for what is not to be believed."""
+    return "none" if kind == "refuted" else "full"
+
+
+def _label(row):
+    if np.isfinite(row.weight):
+        return f"{row.view} (weight {row.weight:.2f})"
+    return row.view if pd.isna(row.n) else f"{row.view} (n = {row.n})"
 
 
 @styled

@@ -13,7 +13,7 @@ import pandas as pd
 
 from neft_utils.base.files import ROOT, read_json
 from neft_utils.base.paths import BASE, REFERENCE
-from neft_utils.compare import facts
+from neft_utils.compare import facts, published_views
 from neft_utils.compare.claims import claims_markdown, dose, only_alpha
 from neft_utils.compare.expected import duration, notebook_seconds
 from neft_utils.compare.tables import Contrast, digits_of, main_markdown, show
@@ -94,31 +94,16 @@ def certainty(results):
 
 
 def length(results):
-    """The published gain with length answered every way, and the length of our answers."""
-    views = pd.read_csv(results.folder / "published/views.csv")
+    """How much of the published gain is length: by models of the judge, and by changing length."""
     found = read_json(results.folder / "published/comparison.json")
-    raw, rest = views[views.kind == "raw"].iloc[0], views[views.kind != "raw"].estimate
+    views = published_views.views(found, facts.leaderboard_pair())
     ours, judged = results.ledger["longer_answers"], results.ledger["beyond_length"]
-    overlap = f" Effect at equal length: {found['overlap']['verdict']}." if found else ""
     text = (
-        f"Of the published gain of {raw.estimate:+.1f} points between {rest.min():+.1f} and"
-        f" {rest.max():+.1f} are left at equal length, by how length is held equal.{overlap} Our"
-        f" models' answers: {_estimate(ours)}, *{ours.verdict}*. Whether they are better at"
-        f" equal length: *{judged.verdict}*."
+        f"{published_views.by_model(found, views)} {published_views.by_force()} Our models'"
+        f" answers: {_estimate(ours)}, *{ours.verdict}*. Whether they are better at equal length:"
+        f" *{judged.verdict}*."
     )
-    lines = [textwrap.fill(text, 96), ""]
-    lines += ["| published answers: gain in win rate, points | | |", "|---|---|---|"]
-    kinds = {
-        "raw": "as judged",
-        "official": "length-controlled by the leaderboard",
-        "refit": "at equal length, our refit",
-        "matched": "pairs of similar length",
-    }
-    for row in views.itertuples():
-        span = f" [{row.ci_low:+.1f}, {row.ci_high:+.1f}]" if math.isfinite(row.ci_low) else ""
-        count = "" if pd.isna(row.n) else f", {row.n:.0f} pairs"
-        lines.append(f"| {row.view} | {kinds[row.kind]}{count} | {row.estimate:+.1f}{span} |")
-    return "\n".join(lines) + "\n"
+    return f"{textwrap.fill(text, 96)}\n\n{published_views.as_markdown(views)}"
 
 
 def cost(results):

@@ -124,6 +124,52 @@ def test_the_fit_criterion_finds_the_judges_form(form):
     assert table.loc[other, "excess"] > 2 * table.loc[other, "excess_se"] > 0
 
 
+@pytest.mark.parametrize("form", lc.FORMS)
+def test_the_judges_own_form_gets_the_weight_and_the_weighted_gain_holds_the_truth(form):
+    """A judge of known form and known effect; a form of which it is a special case counts too."""
+    pairs = synthetic(form=form, effect=0.4, seed=10, strength=3.0, n=6000)
+    fit, n = lc.compare_forms(pairs), len(pairs)
+    weights = lc.form_weights(fit, n)
+    own = [name for name in lc.FORMS if name.endswith(form.removeprefix("pooled_"))]
+    assert weights[own].sum() > 0.99 and weights.sum() == pytest.approx(1)
+    assert set(weights.index[weights < lc.REFUTED]) == set(weights.index) - set(own)
+    gains = lc.length_controlled(pairs, 200).set_index("form")
+    gains = gains[["estimate", "ci_low", "ci_high"]]
+    raw = length_pairs.raw_difference(pairs)
+    gains.loc["none"] = [raw["estimate"], raw["ci_low"], raw["ci_high"]]
+    estimate, low, high = lc.weighted_gain(gains.T.to_dict("list"), weights)
+    truth = 100 * (expit(-0.1) - expit(-0.5))
+    assert low < truth < high < raw["ci_low"]
+    assert min(gains.estimate[own]) <= estimate <= max(gains.estimate[own])
+
+
+def test_a_judge_without_a_taste_for_length_leaves_the_raw_difference():
+    pairs = synthetic(effect=0.4, strength=0.0, seed=11)
+    weights = lc.form_weights(lc.compare_forms(pairs), len(pairs))
+    assert weights["none"] > 0.3 and weights["none"] > weights[["tanh", "log_ratio"]].max()
+
+
+def test_weights_are_the_softmax_of_the_total_log_loss_with_its_error_drawn():
+    fit = pd.DataFrame({"form": ["a", "b", "c"], "excess": [0.0, 0.02, np.nan]})
+    sure = lc.form_weights(fit.assign(excess_se=0.0), 50)  # 100 judgements, 2 nats behind
+    assert sure.to_dict() == pytest.approx({"a": 1 / (1 + np.exp(-2)), "b": expit(-2), "c": 0})
+    unsure = lc.form_weights(fit.assign(excess_se=[0, 0.02, np.nan]), 50)
+    z = np.linspace(-8, 8, 4001)  # the same mean over a normal by quadrature
+    density = np.exp(-(z**2) / 2) / np.exp(-(z**2) / 2).sum()
+    assert unsure["b"] == pytest.approx((density * expit(-2 - 2 * z)).sum(), abs=0.005)
+    assert unsure["b"] > sure["b"] and unsure["c"] == 0
+
+
+def test_the_weighted_interval_includes_the_choice_of_form():
+    gains = {"a": (0.0, -1.96, 1.96), "b": (10.0, 8.04, 11.96), "c": (None, None, None)}
+    weights = pd.Series({"a": 0.5, "b": 0.5, "c": 0.0})
+    estimate, low, high = lc.weighted_gain(gains, weights)
+    assert estimate == 5 and high - 5 == pytest.approx(1.96 * (1 + 25) ** 0.5, rel=1e-4)
+    assert 5 - low == pytest.approx(high - 5)
+    alone = lc.weighted_gain(gains, pd.Series({"a": 1.0, "b": 0.0, "c": 0.0}))
+    assert alone == pytest.approx(gains["a"])
+
+
 def test_the_deviance_is_statsmodels():
     pairs = synthetic(n=500, seed=8)
     term, total = lc.length_term(pairs, "log_ratio"), 0

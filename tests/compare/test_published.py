@@ -13,9 +13,16 @@ import pytest
 from scipy.special import expit
 
 from neft_utils.base.files import ROOT, sha256_file
-from neft_utils.base.paths import Paths
+from neft_utils.base.paths import NOTEBOOKS, Paths
 from neft_utils.base.wheels import NoNetworkError, ProvenanceError
-from neft_utils.compare import facts, length_control, length_pairs, published, published_plots
+from neft_utils.compare import (
+    facts,
+    length_control,
+    length_pairs,
+    published,
+    published_plots,
+    published_views,
+)
 from neft_utils.evaluate import alpaca_eval
 
 CACHE = ROOT / "data" / "downloads" / "alpaca_eval"
@@ -239,10 +246,43 @@ def test_offline_only_the_leaderboard_is_left(monkeypatch, tmp_path):
     found = published.revisit(paths, said.append, cache=tmp_path / "empty")
     assert found["source"] == "leaderboard" and found["comparison"] is None
     assert len(said) == 1 and said[0].startswith("leaderboard rows only: ")
-    assert found["views"].estimate.tolist() == [found["pair"]["raw"][2], 5.32]
+    assert found["views"].kind.tolist() == ["raw", "official", "raw", "forced", "forced"]
+    assert found["views"].estimate.tolist()[:2] == [found["pair"]["raw"][2], 5.32]
     names = {path.name for path in (paths.results / "published").iterdir()}
     assert names == {"leaderboard.csv", "views.csv"}
-    assert "at equal length" in title(published_plots.length_views(found["views"]))
+    figure = published_plots.length_views(found["views"])
+    assert "+35 points as judged, +5 once" in " ".join(figure.get_suptitle().split())
+    said = published_views.by_model(None, found["views"])
+    assert said.endswith("The leaderboard's length control leaves +5.3.")
+
+
+def test_table_5_is_the_papers_and_is_said_with_its_caveat():
+    table = facts.table_5()
+    gains = table.gain.round(1).to_dict()
+    assert gains["min new tokens 250"] == 23.4 and gains["plain"] == 29.6
+    assert gains["prompt: long and comprehensive"] == 14.0 and gains["NEFTune"] == 0
+    forced, noisy = table.loc["min new tokens 250"], table.loc["NEFTune"]
+    assert (forced.chars, noisy.chars) == (1111, 1058) and forced.win_rate == 38.58
+    said = published_views.by_force()
+    for words in ("1,111 characters and wins 38.6 %", "NEFTune 1,058 and 62.0 %, +23.4 points"):
+        assert words in said
+    assert "+14.0 points ahead" in said and "one run an arm, one judge" in said
+
+
+def test_the_papers_numbers_in_prose_are_those_of_its_tables():
+    """Notebook 0 types the cells that are nearest to our runs."""
+    cells = json.loads((NOTEBOOKS / "00_start_here.ipynb").read_text("utf-8"))["cells"]
+    text = " ".join("".join("".join(cell["source"]) for cell in cells).split())
+    paper = facts.paper_results()
+    wins = paper[paper.metric == "win_rate_vs_davinci003"]
+    for rows in ("Alpaca", "ShareGPT"):
+        plain, noisy = wins[(wins.table == "1/7") & (wins.train_data == rows)].value
+        assert f"{plain:.2f} % → {noisy:.2f} %" in text
+    plain, *noisy = wins.query("table == '3' and model == 'LLaMA-2-7B'").value[:4]
+    assert f"{plain:.2f} % → {min(noisy):.2f} to {max(noisy):.2f} %" in text
+    chars = paper.query("metric == 'response_chars' and table == '4'").set_index("train_data").value
+    assert f"{chars['ShareGPT'].iloc[1] / chars['ShareGPT'].iloc[0]:.2f} times as long" in text
+    assert chars["Alpaca"].iloc[1] / chars["Alpaca"].iloc[0] == pytest.approx(3, abs=0.2)
 
 
 def refuse(url, expected, path):
@@ -294,6 +334,9 @@ def test_the_public_pair_lands_on_what_is_known_of_it(real):
     gains = [row["estimate"] for row in found["quintiles"]]
     assert gains == pytest.approx([9, 30, 34, 44, 58], abs=0.5)
     assert found["fit"][0]["form"] == "tanh" and not found["overlap"]["identifiable"]
+    views = published_views.views(found, pair).set_index("kind")
+    assert views.loc["weighted", "estimate"] == pytest.approx(2.0, abs=0.06)
+    assert views.loc["refuted", "view"].tolist() == ["log ratio", "pooled log ratio"]
     # The official value has terms for difficulty; the plain form is near it, not on it.
     official = pair["length_controlled"][:2]
     assert found["equal_length_win_rates"]["tanh"] == pytest.approx(official, abs=4)

@@ -7,10 +7,10 @@ import shutil
 import pandas as pd
 import pytest
 
-from neft_utils.base.files import ROOT
+from neft_utils.base.files import ROOT, read_json
 from neft_utils.base.paths import BASE, REFERENCE, Paths
 from neft_utils.base.strict import ConfigError
-from neft_utils.compare import claims, expected, facts
+from neft_utils.compare import claims, expected, facts, published_views
 from neft_utils.compare.runs import load_runs, open_results
 from neft_utils.compare.tables import side_by_side
 from neft_utils.make import readme
@@ -125,6 +125,29 @@ def test_what_the_readme_says_in_words_is_what_the_numbers_say():
     packed = kept_dose("gpu-ablations").loc["packed_a45"]
     for metric in ("train_nll", "test_nll"):
         assert abs(packed[metric] - more[metric]["neft_a10"]) < 2e-4 < more[metric]["neft_a30"]
+
+
+def test_what_the_readme_concludes_about_length_is_what_the_numbers_say():
+    """A judge of length alone is enough; force is not; the refuted forms count nothing."""
+    found = read_json(readme.stored_results("cpu-long").folder / "published/comparison.json")
+    views = published_views.views(found, facts.leaderboard_pair())
+    assert "taste for length is enough to explain the public gain" in README
+    low, high = found["length_only_judges"]["pooled_tanh"]["raw"][1:]
+    assert low < found["raw_difference"] < high
+    weighted = views[views.kind == "weighted"].iloc[0]
+    assert weighted.ci_low < 0 < weighted.ci_high < found["raw_difference"] / 2
+    assert "forcing an ordinary model\nto write as much does not bring it" in README
+    forced = facts.table_5().loc["min new tokens 250"]
+    assert forced.chars > facts.table_5().chars["NEFTune"] and forced.gain > 20
+    assert "+27.2 are left" not in README
+    assert views[views.kind == "refuted"].weight.max() < 1e-6
+
+
+def test_what_notebook_2_says_of_alpha_15_is_what_was_measured():
+    for name in ("cpu", "cpu-long", "gpu-small"):
+        check = read_json(readme.stored_results(name).folder / "noise_check.json")
+        assert check["median_length"] > 110 and check["suggested_noise_alpha"] > 15
+        assert check["noise_over_embedding"]["neft_a15"] < 0.25
 
 
 def test_a_stale_block_is_written_anew(monkeypatch, tmp_path):
