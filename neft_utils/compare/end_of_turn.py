@@ -31,7 +31,7 @@ def row_changes(control, treatment, name="this pair"):
     n_tokens (of the response, end of turn included), nll (nats per response token), end_nll (nats).
     p_end is exp(-end_nll); content_nll is (nll n_tokens - end_nll) / (n_tokens - 1), NaN for an
     empty answer, which is an end of turn alone. name: of the pair, for messages. Raises ConfigError
-    for tables without end_nll and for pairs of different rows.
+    for tables without end_nll, losses that are not finite, and pairs of different rows.
     """
     sides = []
     for table in (control, treatment):
@@ -41,6 +41,8 @@ def row_changes(control, treatment, name="this pair"):
                 " code scored them: score the runs again"
             )
         sides.append(table.set_index("example_id")[COLUMNS[1:]].sort_index())
+    if not all(np.isfinite(side[["nll", "end_nll"]]).all(axis=None) for side in sides):
+        raise ConfigError(f"{name}: a model gives losses that are no numbers: train it again")
     plain, changed = sides
     if not (plain.index.equals(changed.index) and plain.n_tokens.equals(changed.n_tokens)):
         odd = plain.index.symmetric_difference(changed.index)
@@ -67,7 +69,7 @@ def _measures(losses):
 
 
 def weights_of(changes, measure):
-    """How much a row counts in a measure: its tokens, as in training, or 1 for the one end token."""
+    """What a row counts in a measure: its tokens, as in training, or 1 for the one end token."""
     tokens = {"content_nll": changes.n_tokens - 1, "test_nll": changes.n_tokens}
     return tokens.get(measure, pd.Series(1, changes.index))
 
@@ -123,7 +125,7 @@ def by_length(changes, parts=4):
     changes: `row_changes` with columns label (an arm, a profile) and seed. DataFrame label, part
     (from 1, the shortest), n_rows, length (median tokens of the reference), seed (NaN: over all
     pairs of the label), measure, estimate, ci_low, ci_high. Rows of equal length stay together, so
-    there may be fewer parts. Each row of the last three is in the measure's own unit.
+    there may be fewer parts.
     """
     found = []
     for label, group in changes.groupby("label", sort=False):

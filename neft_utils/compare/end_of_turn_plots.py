@@ -10,7 +10,7 @@ ALT = (
     " and change of the loss of the tokens before it. One line a treatment, thin ones single pairs."
 )
 PANELS = (
-    ("p_end", 100, "Stopping (below zero: later to stop)", "P(stop) changes by, percentage points"),
+    ("p_end", 100, "Stopping (below zero: later to stop)", "chance of stopping changes by, points"),
     ("content_nll", 1, "Content (below zero: better)", "loss changes by, nats per token"),
 )
 
@@ -56,9 +56,9 @@ def _legend(drawn, table, changes):
     counts = changes.groupby("label", sort=False).seed.nunique()
     handles = []
     for number, (label, count) in enumerate(counts.items()):
-        pairs = f"{count} seed pairs" if count > 1 else "one pair"
+        pairs = f"mean of {count} seed pairs" if count > 1 else "one pair"
         style = {"color": COLOURS[number % len(COLOURS)], "linewidth": 2.2}
-        handles += plt.plot([], [], "o-", **style, label=f"{label}, mean of {pairs}")
+        handles += plt.plot([], [], "o-", **style, label=f"{label}, {pairs}")
     if table.seed.notna().any():
         thin = {"color": BASELINE, "linewidth": 0.7}
         handles += plt.plot([], [], **thin, label="thin: one pair")
@@ -72,8 +72,8 @@ def _finding(table, label):
     line = table[(table.label == label) & table.seed.isna()].sort_values("part")
     ends = 100 * line[line.measure == "p_end"].estimate
     if len(ends) == 1:
-        return f"Where the reference answer ends, P(stop) changes by {ends.iloc[0]:+.1f} points"
+        return f"Chance of stopping where the reference answer ends: {ends.iloc[0]:+.1f} points"
     return (
-        f"P(stop) where the reference answer ends: {ends.iloc[0]:+.1f} points after the shortest"
-        f" answers, {ends.iloc[-1]:+.1f} after the longest"
+        f"Chance of stopping where the reference answer ends: {ends.iloc[0]:+.1f} points after the"
+        f" shortest answers, {ends.iloc[-1]:+.1f} after the longest"
     )
