@@ -1,6 +1,7 @@
 """The picture of `end_of_turn`: stopping on the left, content on the right, by answer length."""
 
 import matplotlib.pyplot as plt
+from matplotlib.lines import Line2D
 
 from neft_utils.compare.end_of_turn import by_length, changes_of_runs
 from neft_utils.compare.run_plots import BASELINE, COLOURS, styled, wrapped
@@ -58,12 +59,13 @@ def _legend(drawn, table, changes):
     for number, (label, count) in enumerate(counts.items()):
         pairs = f"mean of {count} seed pairs" if count > 1 else "one pair"
         style = {"color": COLOURS[number % len(COLOURS)], "linewidth": 2.2}
-        handles += plt.plot([], [], "o-", **style, label=f"{label}, {pairs}")
+        handles.append(Line2D([], [], marker="o", **style, label=f"{label}, {pairs}"))
     if table.seed.notna().any():
         thin = {"color": BASELINE, "linewidth": 0.7}
-        handles += plt.plot([], [], **thin, label="thin: one pair")
+        handles.append(Line2D([], [], **thin, label="thin: one pair"))
     if len(counts) == 1 and table.ci_low.notna().any():
-        handles += plt.plot([], [], color=BASELINE, linewidth=1.5, label="upright: 95 % interval")
+        upright = {"color": BASELINE, "linewidth": 1.5}
+        handles.append(Line2D([], [], **upright, label="upright: 95 % interval"))
     drawn.legend(handles=handles, loc="outside lower left", ncols=3, fontsize=9)
 
 

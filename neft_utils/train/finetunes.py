@@ -94,10 +94,11 @@ def longest_text(finetune):
 def with_each(finetunes, work, nf4=False):
     """[work(finetune, model)] of each `Finetune`, one model in memory at a time.
 
-    A base is loaded once for the adapters that follow each other on it. work: its model is in eval mode, fast where that is right. nf4: the base of adapters
-    is rounded to 4 bits first, as QLoRA has it (arXiv 2305.14314): held so on a GPU, as the same
-    values in bf16 without one. Else weights keep the precision that they are stored in. Raises
-    ConfigError for what cannot be loaded.
+    A base is loaded once for the adapters that follow each other on it. work: its model is in
+    eval mode, fast where that is right. nf4: the base of adapters is rounded to 4 bits first, as
+    QLoRA has it (arXiv 2305.14314): held so on a GPU, as the same values in bf16 without one. Else
+    weights keep the precision that they are stored in. Raises ConfigError for what cannot be
+    loaded.
     """
     out, place, base = [], None, None
     for one in finetunes:
