@@ -72,7 +72,7 @@ def _legend(drawn, table, changes):
 def _finding(table, label):
     """What the first label's line says at its two ends, as the title of the figure."""
     line = table[(table.label == label) & table.seed.isna()].sort_values("part")
-    ends = 100 * line[line.measure == "p_end"].estimate
+    ends = (100 * line[line.measure == "p_end"].estimate).round(1) + 0  # no "-0.0"
     if len(ends) == 1:
         return f"Chance of stopping where the reference answer ends: {ends.iloc[0]:+.1f} points"
     return (

@@ -237,7 +237,8 @@ def _comparison(changes, lengths):
             numbers = 100 * np.expm1(numbers)
         more = ""
         if measure == "end_nll":
-            more = f" (P(end of turn) {100 * changes.p_end.mean():+.1f} points)"
+            points = round(100 * changes.p_end.mean(), 1) + 0  # no "-0.0"
+            more = f" (P(end of turn) {points:+.1f} points)"
         if measure == "answer_length" and lengths.cut.any():
             more = f" ({lengths.cut.sum()} of {len(lengths)} pairs of answers were cut)"
         rows.append(
@@ -267,6 +268,7 @@ def sentence(measure, estimate, ci_low, ci_high, more=""):
     """
     unit, what, rise, fall = WORDS[measure]
     digits = {"nats": 3, "nats/token": 4, "%": 1}[unit]
+    estimate, ci_low, ci_high = (round(x, digits) + 0 for x in (estimate, ci_low, ci_high))
     size = f"{what} {estimate:+.{digits}f} {unit}"
     if not math.isfinite(ci_low):
         words = "No difference at all" if estimate == 0 else "One number without an interval"
