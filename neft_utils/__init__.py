@@ -23,6 +23,7 @@ _LAB = {
     "load_tokenizer": "train.base_models",
     "response_nll": "train.losses",
     "answer": "evaluate.generate",
+    "compare_models": "compare.two_models",
 }
 _HOME |= _LAB
 __all__ = list(_HOME)

@@ -17,7 +17,7 @@ CALLS = {
     4: "from_pretrained score_losses ask compose check score stopping perturbed_losses preferences"
     " answer_scores write finish",
     7: "noisy_embeddings NEFTuneCallback Trainer BitsAndBytesConfig from_pretrained LoraConfig"
-    " SFTConfig SFTTrainer train confirmatory_interval suggest_noise_alpha",
+    " SFTConfig SFTTrainer train confirmatory_interval suggest_noise_alpha compare_models",
 }
 WHOLE = {  # as they are written, with what they are called on
     3: (

@@ -40,6 +40,10 @@ def test_a_folder_and_rows_of_ones_own_end_in_an_interval(rows, capsys):
     assert found.estimate == pytest.approx(table.delta.mean())
     said = capsys.readouterr().out
     assert "95 % interval" in said and "AFTER" in said
+    # The same models, loaded from their folders, on the same rows.
+    again = names["comparison"].rows
+    assert again.test_nll.to_numpy() == pytest.approx(table.delta.to_numpy(), abs=2e-3)
+    assert again.n_tokens.unique().size == 1 and "over 2 pairs of models and 3 rows" in said
     first = names["train_one"](0, 0)[0], names["train_one"](0, 0)[0]
     assert first[0] == first[1]  # the same seed without noise: the same losses to the last bit
 
