@@ -22,7 +22,7 @@ METRICS = {
     "verifiable_neutral": ("share", "verifiable instructions about form, fulfilled"),
     "openbookqa": ("share", "OpenBookQA, length-normalised accuracy"),
     "siqa": ("share", "SIQA, length-normalised accuracy"),
-    "knowledge": ("nats", "right option over the best wrong one, OpenBookQA and SIQA"),
+    "knowledge": ("nats/token", "right option over the best wrong one, OpenBookQA and SIQA"),
     "knowledge_accuracy": ("share", "right option the most probable one, of the same"),
     "arithmetic": ("nats", "right number over the best wrong one, ASDiv"),
     "arithmetic_accuracy": ("share", "right number the most probable one, of the same"),

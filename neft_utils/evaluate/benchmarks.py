@@ -6,6 +6,11 @@ log-probability of its right answer minus that of the most probable wrong one (`
 `benchmark_items`), which is continuous and pairs over arms. A log-probability alone falls when a
 model merely talks otherwise; in the difference such a change cancels.
 
+Options are compared by their mean over tokens: they differ in length, and of a sum the length decides
+(SmolLM2-135M would be right in 2 of 24 items of OpenBookQA, where chance is 6), so that a model
+whose tokens all get less likely would seem to know less. Numbers are compared by the sum: their
+lengths hardly differ, and the first digit decides.
+
 The question is put into the chat template, as notebook 3 trains: of text that begins in the middle
 of nowhere a fine-tuned model forgets the format before it forgets the answer. The reply is begun
 with LEAD in all cases, so that a preface ("The answer is", "Sure!") is not what is compared.
@@ -49,10 +54,11 @@ def score(model, tokenizer, names, limit=None, batch_size=16, *, generate=False,
 
     model: a transformers or PEFT causal LM; it is put in eval mode and stays there.
 
-    margin: in nats, see above, NaN for an answer without wrong ones; correct: 1 or 0, whether it
-    is above 0, the right answer being the most probable; correct_norm: the same after dividing
-    log-probabilities by the answers' characters. gold_logprob: of the right answer, in nats,
-    summed over its tokens; it moves with style alone. If `generate` (slow on a CPU), tasks asdiv
+    margin: in nats per token for options and in nats for numbers, see above; correct: 1 or 0,
+    whether it is above 0, the right answer being the most probable; correct_norm: the same with
+    log-probabilities divided by the answers' characters. All NaN for an answer without wrong
+    ones. gold_logprob: of the right answer, in nats, summed over its tokens; it moves with style
+    alone. If `generate` (slow on a CPU), tasks asdiv
     and gsm8k are followed by <task>_answers: correct says whether the last number of a greedy
     answer is the right one. batch_size: of those answers.
 
@@ -90,17 +96,19 @@ def _scored(model, tokenizer, name, rows, say):
     for row, (prompt, some) in zip(rows, asked, strict=True):
         _check_length(name, row, len(prompt) + max(map(len, some)), limit)
     out = []
-    for row, found in zip(rows, continuation_logprobs(model, asked, say), strict=True):
+    scored = continuation_logprobs(model, asked, say)
+    for row, (_, ids), found in zip(rows, asked, scored, strict=True):
         texts = candidates(row)
-        lone = len(texts) == 1
-        margin = math.nan if lone else found[0] - max(found[1:])
-        each = [value / len(text) for value, text in zip(found, texts, strict=True)]
-        correct, correct_norm = (
-            (math.nan, math.nan) if lone else (float(margin > 0), float(each[0] > max(each[1:])))
-        )
+        values = [math.nan] * 3
+        if len(texts) > 1:
+            each = [value / len(text) for value, text in zip(found, texts, strict=True)]
+            sizes = [len(one) if "choices" in row else 1 for one in ids]
+            right, *wrong = (value / size for value, size in zip(found, sizes, strict=True))
+            margin = right - max(wrong)
+            values = [float(margin > 0), float(each[0] > max(each[1:])), round(margin, 4)]
         # Four digits: rounding in the forward is coarser, and the file stays small.
-        numbers = round(found[0], 4), correct_norm, round(margin, 4)
-        out.append((name, row["id"], correct, *numbers))
+        correct, correct_norm, margin = values
+        out.append((name, row["id"], correct, round(found[0], 4), correct_norm, margin))
     return pd.DataFrame(out, columns=COLUMNS)
 
 
