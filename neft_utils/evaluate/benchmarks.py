@@ -6,10 +6,15 @@ log-probability of its right answer minus that of the most probable wrong one (`
 `benchmark_items`), which is continuous and pairs over arms. A log-probability alone falls when a
 model merely talks otherwise; in the difference such a change cancels.
 
-Options are compared by their mean over tokens: they differ in length, and of a sum the length decides
-(SmolLM2-135M would be right in 2 of 24 items of OpenBookQA, where chance is 6), so that a model
-whose tokens all get less likely would seem to know less. Numbers are compared by the sum: their
-lengths hardly differ, and the first digit decides.
+Options are compared by their mean over tokens: they differ in length, and of a sum the length
+decides (SmolLM2-135M would be right in 2 of 24 items of OpenBookQA, where chance is 6), so that a
+model whose tokens all get less likely would seem to know less. Numbers are compared by the sum:
+their lengths hardly differ, and the first digits decide.
+
+Measured on that model, 24 items each: with the right answer in the prompt the mean margin rises by
+3.1 (ASDiv), 4.8 (OpenBookQA) and 4.0 (SIQA). "A:" for "Answer:", a space behind the question and a
+plea for friendliness move it by 0.16, 0.15 and 0.30 at most, the right answer's own log-probability
+by 2.4, 1.3 and 1.9.
 
 The question is put into the chat template, as notebook 3 trains: of text that begins in the middle
 of nowhere a fine-tuned model forgets the format before it forgets the answer. The reply is begun

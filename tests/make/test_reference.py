@@ -103,7 +103,12 @@ def test_the_stored_ledger_is_what_the_per_item_files_say(kept):
     _, folder = kept
     rows = json.loads((folder / "claims.json").read_text("utf-8"))
     assert [row["id"] for row in rows] == list(claims.CLAIMS)
-    for row, found in zip(rows, Results(folder).ledger.values(), strict=True):
+    results = Results(folder)
+    older = any(isinstance(one, OlderItems) for one in results.caveats)
+    for row, found in zip(rows, results.ledger.values(), strict=True):
+        if older and row["id"] in ("reasoning", "no_new_knowledge"):
+            assert found.interval is None  # then of the right answer alone, now of a margin
+            continue
         again = found.as_json()
         for name in ("contrast", "metric", "unit", "verdict"):
             assert again[name] == row[name], (row["id"], name)
