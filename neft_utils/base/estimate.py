@@ -41,8 +41,8 @@ def estimate(profile, paths):
     answers = answering * (prompts + longer) * length
     measuring = sum(profile.secondary(*model) for model in models)
     extra = asked.train_answer_prompts + 3 * asked.verifiable_per_family
-    # Options of a multiple-choice item add up to about 250 tokens; six passes over stability rows.
-    passes = len(asked.benchmarks) * asked.benchmark_items * 250 + 6 * asked.stability_rows * total
+    # An item, its wrong answers included, has about 75 tokens; six passes over stability rows.
+    passes = len(asked.benchmarks) * asked.benchmark_items * 75 + 6 * asked.stability_rows * total
     # Options times 400 tokens of examples and question.
     passes += len(asked.leaderboard) * asked.leaderboard_items * 4 * 400
     measured = measuring * (passes + extra * length)

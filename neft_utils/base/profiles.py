@@ -18,7 +18,7 @@ BENCHMARKS = (
     "asdiv",
     "mtbench",
     "gsm8k",
-)  # see neft_utils.evaluate.benchmarks
+)  # see neft_utils.evaluate.benchmark_items
 # Ours, so that executed notebooks may show them with the answers: one to explain, one to list,
 # one whose right answer is short.
 SHOWN_PROMPTS = (

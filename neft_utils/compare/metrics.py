@@ -22,8 +22,10 @@ METRICS = {
     "verifiable_neutral": ("share", "verifiable instructions about form, fulfilled"),
     "openbookqa": ("share", "OpenBookQA, length-normalised accuracy"),
     "siqa": ("share", "SIQA, length-normalised accuracy"),
-    "knowledge": ("nats", "log-probability of the right option, OpenBookQA and SIQA"),
-    "arithmetic": ("nats", "log-probability of the right answer, ASDiv"),
+    "knowledge": ("nats/token", "right option over the best wrong one, OpenBookQA and SIQA"),
+    "knowledge_accuracy": ("share", "right option the most probable one, of the same"),
+    "arithmetic": ("nats", "right number over the best wrong one, ASDiv"),
+    "arithmetic_accuracy": ("share", "right number the most probable one, of the same"),
     "weight_rise": ("nats/token", "rise of test NLL under relative weight perturbation"),
     "typo_rise": ("nats/token", "rise of test NLL under typos in the prompt"),
     **{name: ("share", f"{name}, as the Open LLM Leaderboard scores it") for name in LEADERBOARD},
@@ -52,8 +54,11 @@ ITEMS = {
     },
     "openbookqa": ("task_items", "task == 'openbookqa'", "item_id", "correct_norm"),
     "siqa": ("task_items", "task == 'siqa'", "item_id", "correct_norm"),
-    "knowledge": ("task_items", "task in ('openbookqa', 'siqa')", "item_id", "gold_logprob"),
-    "arithmetic": ("task_items", "task == 'asdiv'", "item_id", "gold_logprob"),
+    **{
+        name: ("task_items", f"task in {tasks}", "item_id", "margin")
+        for front, tasks in (("knowledge", ("openbookqa", "siqa")), ("arithmetic", ("asdiv",)))
+        for name in (front, f"{front}_accuracy")
+    },
     **{name: ("task_items", f"task == '{name}'", "item_id", "correct") for name in LEADERBOARD},
     **{
         name: ("preferences", f"set == '{one}'", "example_id", "preference")
@@ -72,11 +77,13 @@ def per_item(run, name, decoding):
         return None
     table, rows, item, value = ITEMS[name]
     found = run[table].query(rows, local_dict={"decoding": decoding})
-    if found.empty:
+    if found.empty or value not in found:  # the file of an older version lacks the margin
         return None
     if table == "task_items":  # several tasks may number their items alike
         found = found.assign(item_id=found.task + "/" + found.item_id)
     values = found.set_index(item)[value].astype(float).dropna()
+    if name.endswith("_accuracy"):
+        values = (values > 0).astype(float)
     return values * 100 if name in JUDGED else values
 
 

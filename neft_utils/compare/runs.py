@@ -123,12 +123,30 @@ class Engines:
         )
 
 
-KINDS = {MissingRuns: "missing_runs", OtherVersions: "other_versions", Engines: "engines"}
+@dataclass(frozen=True)
+class OlderItems:
+    runs: tuple[str, ...]  # names of runs
+
+    def __str__(self):
+        return (
+            f"No margin in task_items.csv of {len(self.runs)} runs: an older version scored them,"
+            " without wrong answers beside the right ones, so arithmetic, knowledge and their"
+            " accuracies are missing (make reproduce scores anew)."
+        )
+
+
+KINDS = {
+    MissingRuns: "missing_runs",
+    OtherVersions: "other_versions",
+    Engines: "engines",
+    OlderItems: "older_items",
+}
 
 
 def caveats(profile, runs):
     """What every table of these runs must say of itself: a list of MissingRuns, OtherVersions (of
-    the packages that provenance records) and Engines, whichever apply. `str()` gives a sentence.
+    the packages that provenance records), Engines and OlderItems, whichever apply. `str()` gives a
+    sentence.
     """
     out = []
     there, missing = _split(profile, runs)
@@ -146,6 +164,14 @@ def caveats(profile, runs):
     engines = {engine_of(run) for run in runs.values() if len(run["generations"])}
     if len(engines) > 1:
         out.append(Engines(tuple(sorted(engines))))
+    tables = {f"{arm}-s{seed}": run["task_items"] for (arm, seed), run in runs.items()}
+    older = [
+        name
+        for name, table in tables.items()
+        if "margin" not in table and table.task.isin(["openbookqa", "siqa", "asdiv"]).any()
+    ]
+    if older:
+        out.append(OlderItems(tuple(older)))
     return out
 
 

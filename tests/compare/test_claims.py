@@ -88,12 +88,16 @@ def test_a_missing_preference_drops_its_pair_and_nothing_else():
 
 
 def test_items_of_two_tasks_with_equal_names_stay_apart():
-    rows = [("openbookqa", "0", 1, -1.0, 1), ("siqa", "0", 0, -3.0, 0)]
+    rows = [("openbookqa", "0", 1, -1.0, 1, 0.5), ("siqa", "0", 0, -3.0, 0, -2.0)]
     table = pd.DataFrame(rows, columns=ITEM_COLUMNS["task_items.csv"])
     run = made_run({"a": 1.0}, task_items=table)
     assert per_item(run, "knowledge", DECODING).to_dict() == {
-        "openbookqa/0": -1.0,
-        "siqa/0": -3.0,
+        "openbookqa/0": 0.5,
+        "siqa/0": -2.0,
+    }
+    assert per_item(run, "knowledge_accuracy", DECODING).to_dict() == {
+        "openbookqa/0": 1.0,
+        "siqa/0": 0.0,
     }
     assert per_item(run, "siqa", DECODING).to_dict() == {"siqa/0": 0.0}
 

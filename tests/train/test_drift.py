@@ -92,7 +92,6 @@ CALLS = {
         "cwd": None,
     },
     "papermill:inspect_notebook": {"notebook_path": REQUIRED},
-    "lm_eval:evaluate": {"lm": REQUIRED, "task_dict": REQUIRED, "bootstrap_iters": ANY},
     "lm_eval:simple_evaluate": {
         "num_fewshot": None,
         "limit": None,
