@@ -36,7 +36,7 @@ profile: env  ## begin a profile of your own: NAME=mine MODEL=folder ROWS=rows.j
 check: env  ## look at machine, model and rows of PROFILE before a run
 	@$(NEFT) check $(WITH)
 
-smoke: env  ## run the whole chain at tiny sizes (about 3 minutes on 2 cores)
+smoke: env  ## run the whole chain at tiny sizes (3 to 7 minutes on 2 cores)
 	@$(NEFT) reproduce --profile smoke
 
 reproduce: env  ## run all notebooks of PROFILE (default: cpu, or gpu-small with a GPU), ENGINE=slurm on a cluster
@@ -60,7 +60,7 @@ promote: env  ## copy a complete run at a clean commit to results/reference (PAR
 report: env  ## a static HTML site of the results, index.html and a page a notebook
 	@$(NEFT) report $(WITH)
 
-test: env  ## lint, unit tests, nano and smoke chain (a quarter of an hour on 2 cores)
+test: env  ## lint, unit tests, nano and smoke chain (20 to 40 minutes on 2 cores)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@PYTHONPATH="$$PWD" $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 

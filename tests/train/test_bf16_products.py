@@ -75,8 +75,8 @@ from neft_utils.base.profiles import Model
 from neft_utils.train.base_models import load_base
 model = load_base(Model(source="nano"))
 ids = torch.randint(5, 200, (2, 60))
-narrow = model(input_ids=ids, labels=ids).loss
-assert abs(float(narrow) - float(model.float()(input_ids=ids, labels=ids).loss)) < 0.01
+narrow = model(input_ids=ids, labels=ids).loss.detach()
+assert abs(float(narrow) - float(model.float()(input_ids=ids, labels=ids).loss.detach())) < 0.01
 """,
 }
 
