@@ -131,7 +131,7 @@ class OlderScoring:
         return (
             f"No end_nll in losses.csv of {len(self.runs)} runs: an older version scored them, so"
             " the end of turn and the content before it cannot be told apart (make reproduce scores"
-            " anew)."
+            " anew). The primary claims were chosen after these runs had been seen."
         )
 
 

@@ -15,6 +15,7 @@ import pandas as pd
 from neft_utils.base.files import ROOT, read_json
 from neft_utils.base.paths import BASE, NOTEBOOKS, REFERENCE, STEPS
 from neft_utils.compare import facts
+from neft_utils.compare.agreement import held
 from neft_utils.compare.claims import claims_markdown, dose, only_alpha
 from neft_utils.compare.expected import duration, notebook_seconds
 from neft_utils.compare.tables import Contrast, main_markdown
@@ -50,6 +51,20 @@ def headline(results):
     lines += ["", heads, "|---|---|---|---|"]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([*lines, *_notes(results)]) + "\n"
+
+
+def expected(results):
+    """The primary answers that `make reproduce` of this profile is expected to end with."""
+    lines = []
+    for one in results.primary:
+        line = f"- *{one.claim.text}* {_sentence(one)}"
+        tolerance, _ = held(one.interval, one.interval)
+        if math.isfinite(tolerance):
+            unit = one.verdict.quantity.unit
+            within = f"{show(size(tolerance, unit), digits_of(unit))} {plain(unit)}"
+            line += f" In numbers {_estimate(one)}; yours may differ by {within}."
+        lines += _filled(line)
+    return "\n".join(lines) + "\n"
 
 
 def certainty(results):
@@ -211,7 +226,7 @@ def rules(results):
 
 
 # What the README can show; the report shows the first four.
-ANSWERS = (headline, certainty, length, cost, evidence, curve, rules)
+ANSWERS = (headline, certainty, length, cost, evidence, curve, rules, expected)
 
 
 def _notes(results):
