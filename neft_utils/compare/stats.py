@@ -280,8 +280,10 @@ def example_shares(deltas: pd.DataFrame) -> np.ndarray:
         return np.full(n := deltas["example_id"].nunique(), 1 / n)
     weight = pd.to_numeric(deltas["weight"], errors="coerce").astype(float)
     by_example = weight.groupby(deltas["example_id"])
-    for name, low, high in zip(by_example.groups, by_example.min(), by_example.max(), strict=True):
-        if not (0 < low < inf and low == high) or weight[by_example.groups[name]].isna().any():
-            raise ValueError(f"example_id {name} needs one positive weight, the same for all seeds")
+    low, high = by_example.min(), by_example.max()
+    good = (0 < low) & (low == high) & (high < inf) & (by_example.count() == by_example.size())
+    if not good.all():
+        name = good.index[~good][0]
+        raise ValueError(f"example_id {name} needs one positive weight, the same for all seeds")
     weights = by_example.first().to_numpy()
     return weights / weights.sum()

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from made_runs import DECODING, answers, losses_run, made_run
 
 from neft_utils.base.paths import BASE
 from neft_utils.base.pins import PYTHON
