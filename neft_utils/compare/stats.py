@@ -281,7 +281,7 @@ def example_shares(deltas: pd.DataFrame) -> np.ndarray:
     weight = pd.to_numeric(deltas["weight"], errors="coerce").astype(float)
     by_example = weight.groupby(deltas["example_id"])
     low, high = by_example.min(), by_example.max()
-    good = (0 < low) & (low == high) & (high < inf) & (by_example.count() == by_example.size())
+    good = (low > 0) & (low == high) & (high < inf) & (by_example.count() == by_example.size())
     if not good.all():
         name = good.index[~good][0]
         raise ValueError(f"example_id {name} needs one positive weight, the same for all seeds")

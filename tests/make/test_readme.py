@@ -136,7 +136,9 @@ def test_what_the_readme_says_of_the_curve_is_what_the_numbers_say():
     for arm in ("neft_a5", "neft_a10"):
         one = kept.contrast(Contrast(arm, ("baseline",)), "test_nll")
         assert one.n_seeds == 2 and one.ci_low < 0 < one.ci_high
-    assert said("in the one pair that there is, α = 45 over a packed row does less than α = 15 does")
+    assert said(
+        "in the one pair that there is, α = 45 over a packed row does less than α = 15 does"
+    )
     rules = kept_dose("gpu-ablations")
     for metric in ("train_nll", "test_nll"):
         assert 0 < rules[metric]["packed_a45"] < rules[metric]["neft_a15"]
