@@ -113,7 +113,7 @@ class Verdict:
 
 def verdict(
     interval: Interval | None,
-    quantity: Quantity,
+    quantity: Quantity = Quantity(),
     claimed: int = 0,
     adjusted_p: float | None = None,
     margin: float | None = None,

@@ -89,6 +89,12 @@ def log_ratio(estimate, low, high):
             {},
             "no spread, so no interval: the held-out loss is higher by 0.2500 nats per token",
         ),
+        (
+            NOTHING,
+            Quantity(),
+            {},
+            "no difference seen; higher by more than 0.00 and lower by more than 0.00 are excluded",
+        ),
         (None, LOSS, {"elsewhere": "gpu"}, "not measured here (see profile gpu)"),
         (None, LOSS, {"missing": "no end_nll"}, "no end_nll"),
     ],
