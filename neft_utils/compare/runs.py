@@ -124,6 +124,18 @@ class Engines:
 
 
 @dataclass(frozen=True)
+class OlderScoring:
+    runs: tuple[str, ...]  # names of runs
+
+    def __str__(self):
+        return (
+            f"No end_nll in losses.csv of {len(self.runs)} runs: an older version scored them, so"
+            " the end of turn and the content before it cannot be told apart (make reproduce scores"
+            " anew). The primary claims were chosen after these runs had been seen."
+        )
+
+
+@dataclass(frozen=True)
 class OlderItems:
     runs: tuple[str, ...]  # names of runs
 
@@ -139,14 +151,21 @@ KINDS = {
     MissingRuns: "missing_runs",
     OtherVersions: "other_versions",
     Engines: "engines",
+    OlderScoring: "older_scoring",
     OlderItems: "older_items",
 }
 
 
+def lacks_end_nll(runs):
+    """Names of the runs whose losses.csv is of an older version, without the column end_nll."""
+    return [f"{a}-s{s}" for (a, s), run in runs.items() if "end_nll" not in run["losses"]]
+
+
 def caveats(profile, runs):
-    """What every table of these runs must say of itself: a list of MissingRuns, OtherVersions (of
-    the packages that provenance records), Engines and OlderItems, whichever apply. `str()` gives a
-    sentence.
+    """What every table of these runs must say of itself, a list; `str()` of each is a sentence.
+
+    MissingRuns, OtherVersions (of the packages that provenance records), Engines, OlderScoring and
+    OlderItems, whichever apply.
     """
     out = []
     there, missing = _split(profile, runs)
@@ -164,6 +183,8 @@ def caveats(profile, runs):
     engines = {engine_of(run) for run in runs.values() if len(run["generations"])}
     if len(engines) > 1:
         out.append(Engines(tuple(sorted(engines))))
+    if older := lacks_end_nll(runs):
+        out.append(OlderScoring(tuple(older)))
     tables = {f"{arm}-s{seed}": run["task_items"] for (arm, seed), run in runs.items()}
     older = [
         name
