@@ -4,6 +4,7 @@ import shutil
 from html.parser import HTMLParser
 
 import pandas as pd
+import pytest
 
 from neft_utils.base.files import ROOT
 from neft_utils.compare import run_plots, tables
@@ -69,4 +70,4 @@ def test_items_of_an_older_version_are_read_and_what_they_lack_is_named(tmp_path
     values = new.seeds.set_index("arm")[missing].to_dict("index")
     assert list(values["baseline"].values()) == [0.5, 1.0, 0.5, 1.0]
     assert list(values["neft_a15"].values()) == [-0.25, 0.0, -0.25, 0.0]
-    assert new.ledger["reasoning"].estimate == -0.75
+    assert new.ledger["reasoning"].estimate == pytest.approx(-0.75)
