@@ -180,12 +180,12 @@ def _precisions(model):
     if fits and cuda:
         fits = 4.5 * count < torch.cuda.mem_get_info()[0]
     half = not plain or any(w.dtype in (torch.float16, torch.bfloat16) for w in weights)
-    contexts = [_float32(weights)] if fits else []
+    contexts = [float32_weights(weights)] if fits else []
     return contexts + ([contextlib.nullcontext(half)] if cuda or not fits else [])
 
 
 @contextlib.contextmanager
-def _float32(weights):
+def float32_weights(weights):
     """The same weights in float32, in here; afterwards the very tensors of before."""
     before = [weight.data for weight in weights]
     try:
