@@ -15,7 +15,8 @@ _HOME = {
     "confirmatory_interval": "compare.stats",
     "seed_interval": "compare.stats",
     "planned_effects": "compare.planning",
-    "verdict": "compare.stats",
+    "verdict": "compare.words",
+    "Quantity": "compare.words",
 }
 _LAB = {
     "load_profile": "base.read_profile",

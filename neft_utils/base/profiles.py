@@ -138,13 +138,17 @@ class Arm:
     weight_decay: float | None = at_least(0.0, None)
 
 
+# How much later models stop, twice, and whether what they say is better: see compare.metrics.
+PRIMARY = ("answer_length", "end_nll", "content_nll")
+
+
 @dataclass(frozen=True)
 class Confirmatory:
-    """The one contrast that is fixed beforehand."""
+    """The contrast that is fixed beforehand, and the quantities in which it is primary."""
 
     treatment: str
     control: str
-    metric: str = one_of("test_nll", default="test_nll")
+    metrics: tuple[str, ...] = one_of(*PRIMARY, default=PRIMARY)
 
 
 @dataclass(frozen=True)

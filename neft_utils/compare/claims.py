@@ -1,12 +1,11 @@
-"""The claims ledger: every claim made for NEFTune beside our number, its interval and a verdict.
+"""The claims ledger: every claim made for NEFTune, and what we see of it in a sentence.
 
-The confirmatory claim stands alone; the others are secondary and only called detected if
-they stay so after Holm's correction among themselves. A claim that a profile cannot answer
-says so and names the profile that can.
+Primary are the claims that the profile's `confirmatory` names, corrected by Holm among themselves;
+the others are secondary, corrected among themselves. A claim that a profile cannot answer says so
+and names the profile that can.
 """
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 
@@ -14,24 +13,20 @@ import pandas as pd
 import yaml
 
 from neft_utils.base.files import atomic_write_text, write_csv, write_json
-from neft_utils.base.paths import NOTEBOOKS, STEPS
+from neft_utils.base.paths import BASE
 from neft_utils.base.strict import ConfigError
 from neft_utils.compare import stats
 from neft_utils.compare.facts import paper_values
-from neft_utils.compare.metrics import METRICS
-from neft_utils.compare.runs import caveats_json
+from neft_utils.compare.metrics import GAINS, METRICS, quantity
+from neft_utils.compare.runs import caveats_json, lacks_end_nll
 from neft_utils.compare.tables import (
     Contrast,
     contrast,
-    digits_of,
     length_views,
     main_markdown,
-    show,
 )
+from neft_utils.compare.words import Verdict, verdict, with_interval
 from neft_utils.evaluate.alpaca_eval import FACTS
-
-FIRST = "confirmatory"
-MANY_ROWS = 1000  # training rows from which a profile speaks of much data
 
 
 @dataclass(frozen=True)
@@ -53,35 +48,47 @@ class Finding:
     id: str
     claim: Claim
     contrast: Contrast | None  # None: the profile has no such arms, or the claim is of none
-    interval: stats.Interval | None  # None: nothing was measured
-    verdict: stats.Verdict
+    verdict: Verdict
     paper: str  # the claim's, filled
+    primary: bool  # fixed in the profile before its runs
+
+    @property
+    def interval(self):
+        """stats.Interval of the contrast; None where nothing was measured."""
+        return self.verdict.interval
 
     @property
     def estimate(self):
-        """Treatment minus control in `verdict.unit`; None where nothing was measured."""
+        """Treatment minus control in the metric's unit; None where nothing was measured."""
         return self.interval and self.interval.estimate
 
     def as_json(self):
         """Plain values under the names that claims.json has: the words, then what they are of."""
-        verdict, pair = dataclasses.asdict(self.verdict), self.contrast
+        said, pair = self.verdict, self.contrast
         numbers = ("estimate", "ci_low", "ci_high", "detectable")
+        facts = ("outcome", "claimed", "adjusted_p", "taken_back", "share", "margin", "held")
         return {
             "id": self.id,
             "claim": self.claim.text,
+            "primary": self.primary,
             "contrast": pair and str(pair),
             "metric": self.claim.metric,
-            "unit": verdict.pop("unit"),
+            "unit": said.quantity.unit,
             **{name: _plain(getattr(self.interval, name, math.nan)) for name in numbers},
-            "verdict": str(self.verdict),
+            "verdict": str(said),
             "paper": self.paper,
             "note": self.claim.note,
             "treatment": pair and pair.treatment,
             "controls": list(pair.controls) if pair else [],
-            **{name: value for name, value in verdict.items() if name not in numbers},
+            **{name: getattr(said, name) for name in (*facts, "elsewhere", "missing")},
         }
 
 
+OLDER = "no end_nll: scored by an older version"
+PRIMARY_NOTE = (
+    "In bold: primary, fixed in the profile; corrected for one another (Holm), as the others are"
+    " among themselves."
+)
 CLAIMS = {
     name: Claim(**fields)
     for name, fields in yaml.safe_load((FACTS / "claims.yaml").read_text("utf-8")).items()
@@ -107,8 +114,6 @@ def arms_of(pair, profile):
         small = [n for n, a in noisy.items() if a.data_fraction < 1]
         arm = min(small, key=lambda n: profile.arms[n].data_fraction, default=None)
         return Contrast(arm, (profile.control_of(arm),)) if arm else None
-    if pair == "much_data":
-        return first if profile.data.train_rows >= MANY_ROWS else None
     if pair == "alpha":
         weaker = [n for n in whole if noisy[n].noise_alpha < usual]
         arm = min(weaker, key=lambda n: noisy[n].noise_alpha, default=None)
@@ -178,55 +183,59 @@ def ledger(runs, seeds, profile, decoding):
             values = views[views["view"] == "tanh"].estimate.dropna()
             if len(values):
                 found[name] = stats.seed_interval(values.to_numpy())
-        elif claim.pair == "lines":
-            count = float(lines_to_add())
-            found[name] = stats.Interval(count, count, count, 0.0, math.inf, 1, 1, 0.0)
         elif pairs[name] is not None:
             found[name] = contrast(runs, seeds, pairs[name], claim.metric, decoding)
-    adjusted, facts = _adjusted(pairs, found), paper_values()
+    primary = [
+        name for name, claim in CLAIMS.items() if claim.metric in profile.confirmatory.metrics
+    ]
+    adjusted = _adjusted(found, primary)
+    adjusted |= _adjusted(found, [name for name in CLAIMS if name not in primary])
+    facts, older = paper_values(), lacks_end_nll(runs)
     return [
         Finding(
             id=name,
             claim=claim,
             contrast=pairs[name],
-            interval=found.get(name),
-            verdict=stats.verdict(
+            verdict=verdict(
                 found.get(name),
-                unit=METRICS.get(claim.metric, ("lines", ""))[0],
+                quantity(claim.metric),
                 claimed=claim.claimed,
                 adjusted_p=adjusted.get(name),
-                elsewhere=None if claim.elsewhere == profile.name else claim.elsewhere,
                 margin=profile.margins.get(claim.metric) if claim.margin else None,
+                gained=gained(seeds, pairs[name], claim.metric),
+                **_unmeasured(claim, profile, older),
             ),
             paper=claim.paper.format(**facts),
+            primary=name in primary,
         )
         for name, claim in CLAIMS.items()
     ]
 
 
-def _adjusted(pairs, found):
-    """{claim: Holm's p-value} of the secondary claims that have an interval.
+def _unmeasured(claim, profile, older):
+    """What a verdict says where there is no number: why, or which profile can answer."""
+    if older and claim.metric in ("end_nll", "content_nll"):
+        return {"missing": OLDER}
+    return {"elsewhere": None if claim.elsewhere == profile.name else claim.elsewhere}
 
-    A profile of many rows answers much_data by the confirmatory contrast itself: not another test.
+
+def gained(seeds, pair, metric):
+    """What fine-tuning without noise gained in a loss against the untrained model, in its unit.
+
+    None where the untrained model has no such number, or the metric is no loss.
     """
-    first = (pairs[FIRST], CLAIMS[FIRST].metric)
-    secondary = [
-        name
-        for name, claim in CLAIMS.items()
-        if (one := found.get(name)) is not None
-        and math.isfinite(one.ci_low)
-        and claim.pair != "lines"
-        and (pairs[name], claim.metric) != first
-    ]
-    adjusted = stats.holm([stats.p_value(found[name]) for name in secondary])
-    return dict(zip(secondary, map(float, adjusted), strict=True))
+    if pair is None or metric not in GAINS:
+        return None
+    base = seeds[seeds.arm == BASE][metric].mean()
+    change = base - seeds[seeds.arm.isin(pair.controls)][metric].mean()
+    return float(change) if math.isfinite(change) else None
 
 
-def lines_to_add():
-    """Lines of notebook 7 that a user's own training code needs for the noise, counted."""
-    source = json.loads((NOTEBOOKS / f"{STEPS[7]}.ipynb").read_text("utf-8"))
-    code = [line for c in source["cells"] if c["cell_type"] == "code" for line in c["source"]]
-    return len({line.strip() for line in code if "NEFTuneCallback" in line or "callbacks=" in line})
+def _adjusted(found, names):
+    """{claim: Holm's p-value} of those named that have an interval."""
+    tested = [n for n in names if found.get(n) is not None and math.isfinite(found[n].ci_low)]
+    adjusted = stats.holm([stats.p_value(found[name]) for name in tested])
+    return dict(zip(tested, map(float, adjusted), strict=True))
 
 
 def _plain(value):
@@ -237,20 +246,19 @@ def _plain(value):
 
 
 def claims_markdown(findings):
-    """The ledger for people: estimate [interval], verdict, the paper's value."""
-    lines = ["| claim | treatment - control [95 % CI] | verdict | paper |", "|---|---|---|---|"]
+    """The ledger for people: what we see, the difference with its interval, the paper's cell."""
+    lines = [
+        "| claim | claimed | what we see | treatment - control [95 % CI] | paper, nearest set-up |",
+        "|---|---|---|---|---|",
+    ]
     for row in findings:
-        unit, number = row.verdict.unit, "–"
+        number = "–"
         if row.interval is not None:
-            estimate, low, high = (
-                show(one, digits_of(unit))
-                for one in (row.estimate, row.interval.ci_low, row.interval.ci_high)
-            )
-            number = f"{row.claim.metric} {estimate} {unit}"
-            if row.verdict.testable and row.interval.ci_low != row.interval.ci_high:
-                number += f" [{low}, {high}]"
-        lines.append(f"| {row.claim.text} | {number} | {row.verdict} | {row.paper} |")
-    return "\n".join(lines) + "\n"
+            number = f"{row.claim.metric} {with_interval(row.interval, row.verdict.quantity.unit)}"
+        text = f"**{row.claim.text}**" if row.primary else row.claim.text
+        cells = (text, row.verdict.claim_words or "–", row.verdict, number, row.paper)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join([*lines, "", PRIMARY_NOTE]) + "\n"
 
 
 def write_tables(paths, frames, findings, notes):

@@ -54,17 +54,24 @@ def paper_values():
         return [float(one) for one in rows.value]
 
     wins, alpaca = {"metric": "win_rate_vs_davinci003"}, {"train_data": "Alpaca"}
-    qlora = values("3", model="LLaMA-2-7B", noise="uniform", **wins, **alpaca)
+    bare, *qlora = values("3", model="LLaMA-2-7B", **wins, **alpaca)
     plain, noisy = (
         values("2", noise=noise, **wins) for noise in ("none", "uniform")
     )  # 7B, Chat-7B, 13B, 70B
     gains = [b - a for a, b in zip(plain, noisy, strict=True)]
     long = values("5", note="prompt: long and comprehensive", **wins)
+    chars = values("4", metric="response_chars", train_data="ShareGPT")
+    judged = values("1/7", train_data="ShareGPT", **wins)
+    small = [one - bare for one in qlora]
     return {
         **{
             f"1/7 {data} win": _arrow(values("1/7", train_data=data, **wins))
             for data in ("Alpaca", "ShareGPT")
         },
+        "4 ShareGPT ratio": f"{chars[1] / chars[0]:.2f}",
+        "1/7 ShareGPT gain": f"{judged[1] - judged[0]:+.1f}",
+        "2 Chat gain": f"{gains[1]:+.1f}",
+        "3 gains": f"{min(small):+.1f} to {max(small):+.1f}",
         "3 Alpaca alphas": ", ".join(f"{one:g}" for one in qlora),
         "2 gains": f"{min(gains):.1f} to {max(gains):.1f}",
         "4 Alpaca chars": _arrow(values("4", metric="response_chars", **alpaca)),

@@ -7,20 +7,27 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from neft_utils.compare.stats import combined, crossed_matrix, detectable_effect, mean_squares
+from neft_utils.compare.stats import (
+    combined,
+    crossed_matrix,
+    detectable_effect,
+    example_shares,
+    mean_squares,
+)
 
 
 def variance_components(deltas: pd.DataFrame) -> tuple[float, float, float]:
     """(A, B, C): variances of what is special to a seed, to an example, and to both together.
 
     By the expected mean squares of `stats.confirmatory_interval`, set to 0 if negative; in the
-    unit of delta squared. Input and errors as there, and ValueError for fewer than 2 seeds.
+    unit of delta squared; with weights B and C are the weighted ones of `stats.mean_squares`.
+    Input and errors as there, and ValueError for fewer than 2 seeds.
     """
-    values = crossed_matrix(deltas)
+    values, shares = crossed_matrix(deltas), example_shares(deltas)
     n_seeds, n_examples = values.shape
     if n_seeds < 2:
         raise ValueError(f"a spread between seeds needs 2 of them, got {n_seeds}")
-    _, (ms_seed, ms_example, ms_rest) = mean_squares(values)
+    _, (ms_seed, ms_example, ms_rest) = mean_squares(values, shares)
     seed, example = (ms_seed - ms_rest) / n_examples, (ms_example - ms_rest) / n_seeds
     return max(float(seed), 0.0), max(float(example), 0.0), float(ms_rest)
 
@@ -35,9 +42,9 @@ def planned_effects(
     unit. Errors as in `variance_components`.
     """
     a, b, c = variance_components(deltas)
-    n_examples, rows = deltas["example_id"].nunique(), []
+    shares, rows = example_shares(deltas), []
     for n_seeds in seeds:
-        expected = (np.float64(x) for x in (c + n_examples * a, c + n_seeds * b, c))
-        _, se, df = combined(tuple(expected), n_seeds, n_examples, level=0.95)
+        expected = (np.float64(x) for x in (c + len(shares) * a, c + n_seeds * b, c))
+        _, se, df = combined(tuple(expected), n_seeds, shares, level=0.95)
         rows.append((n_seeds, detectable_effect(float(se), float(df), power=power)))
     return pd.DataFrame(rows, columns=["n_seeds", "detectable"])

@@ -4,12 +4,15 @@ Every figure is saved as PNG and SVG under the number of the notebook that makes
 is that of `run_plots`.
 """
 
+import textwrap
+
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from neft_utils.base.paths import BASE
 from neft_utils.compare.run_plots import BASELINE, COLOURS, UNTRAINED, styled, wrapped
+from neft_utils.compare.words import plain, size
 
 
 def save(figure, folder, name, alt):
@@ -39,10 +42,8 @@ def colour_of(arm, arms, control):
 def noise_energy(lengths, sizes, energies, noise_alpha):
     """Squared noise norm of a sequence against its length, one marker per embedding size."""
     figure, axis = plt.subplots()
-    for marker, size in zip("osD^", sizes, strict=False):
-        axis.plot(
-            lengths, energies[size], marker, label=f"d = {size}", color=COLOURS[sizes.index(size)]
-        )
+    for marker, d in zip("osD^", sizes, strict=False):
+        axis.plot(lengths, energies[d], marker, label=f"d = {d}", color=COLOURS[sizes.index(d)])
     expected = noise_alpha**2 / 3
     axis.axhline(expected, color="black", linewidth=1)
     axis.annotate(
@@ -147,29 +148,27 @@ def learning_curves(runs, controls, control, title):
 
 
 @styled
-def seed_deltas(deltas, interval, title, ylabel):
-    """Per-seed mean differences as points beside the mean with its interval; zero is no effect."""
-    figure, axis = plt.subplots()
-    means = deltas.groupby("seed").delta.mean()
-    axis.axhline(0, color=BASELINE, linewidth=1)
-    axis.plot(range(len(means)), means, "o", color=COLOURS[0])
-    few = len(means) <= 6  # else the labels run into each other
-    labels = [f"seed {seed}" if few else str(seed) for seed in means.index]
-    axis.set_xticks([*range(len(means)), len(means)], [*labels, "mean"])
-    axis.set_xlabel("" if few else "seed")
-    where = len(means)
-    if np.isfinite(interval.ci_low):
-        axis.plot([where, where], [interval.ci_low, interval.ci_high], color="black", linewidth=2)
-    axis.plot(where, interval.estimate, "D", color="black")
-    if np.isfinite(interval.detectable):
-        axis.axhspan(-interval.detectable, interval.detectable, color="#F0F0F0", zorder=0)
-        axis.annotate(
-            "grey: smaller than this design detects (80 % power)",
-            (0.01, 0.02),
-            xycoords="axes fraction",
-            fontsize=8,
-        )
-    axis.set(title=wrapped(title), ylabel=ylabel, xlim=(-0.5, where + 0.5))
+def seed_pairs(panels):
+    """Each primary difference, a panel: seed pairs as points beside the mean with its interval.
+
+    panels: list of (`claims.Finding`, its deltas from `tables.paired`). Zero is no effect.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.8), squeeze=False)
+    for axis, (found, deltas) in zip(axes[0], panels, strict=True):
+        interval, unit = found.interval, found.verdict.quantity.unit
+        weighted = (deltas.delta * deltas.weight).groupby(deltas.seed).sum()
+        means = weighted / deltas.groupby("seed").weight.sum()
+        axis.axhline(0, color=BASELINE, linewidth=1)
+        axis.plot(range(len(means)), [size(x, unit) for x in means], "o", color=COLOURS[0])
+        axis.set_xticks([*range(len(means)), len(means)], [*map(str, means.index), "mean"])
+        where, ends = len(means), [interval.ci_low, interval.ci_high]
+        if np.isfinite(interval.ci_low):
+            axis.plot([where, where], [size(x, unit) for x in ends], color="black", linewidth=2)
+        axis.plot(where, size(interval.estimate, unit), "D", color="black")
+        axis.set_xlim(-0.5, where + 0.5)
+        title = textwrap.fill(str(found.verdict), 42 if len(panels) > 1 else 62)
+        axis.set(xlabel="seed", ylabel=f"{found.id}, with noise minus without ({plain(unit)})")
+        axis.set_title(title, fontsize=9)
     return figure
 
 
@@ -228,43 +227,28 @@ def dose(table, title):
 
 
 @styled
-def false_alarms(table, title):
-    """False-alarm rate against seed SD over example SE; one line per number of seeds.
-
-    table: `simulation.type_one_error_table`. Solid: our interval; dashed: the crossed bootstrap.
-    """
-    figure, axis = plt.subplots()
-    for colour, (n_seeds, rows) in zip(COLOURS, table.groupby("n_seeds"), strict=False):
-        axis.plot(rows.ratio, rows.confirmatory, "o-", color=colour, label=f"{n_seeds} seeds")
-        axis.plot(rows.ratio, rows.crossed_bootstrap, "s--", color=colour, markersize=4)
-    axis.axhline(0.05, color="black", linewidth=1)
-    axis.set(xlabel="spread between seeds / standard error from examples", ylim=(0, None))
-    axis.set(ylabel="intervals that exclude zero, no effect")
-    axis.plot([], [], "k-", label="our interval")
-    axis.plot([], [], "k--", label="crossed bootstrap")
-    axis.legend(ncols=2)
-    axis.set_title(wrapped(title))
-    return figure
-
-
-@styled
 def ledger(findings):
-    """Claims with an interval: estimate over detectable effect, filled where detected.
+    """Claims with an interval: estimate over detectable effect, filled where a difference is seen.
 
     findings: from `claims.ledger`.
     """
-    shown = [row for row in findings if row.verdict.detectable]
-    figure, axis = plt.subplots(figsize=(6.4, 1.2 + 0.32 * max(len(shown), 3)))
+    shown = [row for row in findings if row.verdict.testable]
+    figure, axis = plt.subplots(figsize=(8.4, 1.2 + 0.42 * max(len(shown), 3)))
     for place, row in enumerate(reversed(shown)):
         numbers = (row.interval.ci_low, row.interval.estimate, row.interval.ci_high)
-        low, mean, high = (one / row.verdict.detectable for one in numbers)
-        colour = COLOURS[0] if row.verdict.detected else BASELINE
+        low, mean, high = (one / row.interval.detectable for one in numbers)
+        colour = COLOURS[0] if row.verdict.seen else BASELINE
         axis.plot([low, high], [place, place], color=colour, linewidth=2)
-        face = colour if row.verdict.detected else "white"
+        face = colour if row.verdict.seen else "white"
         axis.plot(mean, place, "o", color=colour, markerfacecolor=face)
+        way = {1: "claimed: →", -1: "claimed: ←", 0: ""}[row.claim.claimed]
+        axis.annotate(way, (1.01, place), xycoords=("axes fraction", "data"), va="center")
     axis.axvline(0, color="black", linewidth=1)
-    axis.set_yticks(range(len(shown)), [f"{r.id} ({r.claim.metric})" for r in reversed(shown)])
-    axis.set_xlabel("difference / smallest effect that could be seen")
-    found = sum(row.verdict.detected for row in shown)
-    axis.set_title(wrapped(f"{found} of {len(shown)} testable claims show a difference"))
+    labels = [textwrap.fill(row.claim.text, 44) for row in reversed(shown)]
+    axis.set_yticks(range(len(shown)), labels, fontsize=8)
+    axis.set_xlabel("difference / smallest effect found four times out of five")
+    found = sum(row.verdict.seen for row in shown)
+    axis.set_title(
+        wrapped(f"A difference is seen for {found} of {len(shown)} claims with an interval")
+    )
     return figure

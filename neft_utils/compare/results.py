@@ -56,9 +56,12 @@ class Results:
         """`tables.main_table`."""
         return tables.main_table(self.seeds, [BASE, *self.profile.arms])
 
+    def plan(self, metric):
+        """`planning.planned_effects` of the confirmatory contrast in a metric of items."""
+        pair = claims.confirmatory(self.profile)
+        return planned_effects(tables.paired(self.runs, pair, metric, self.decoding))
+
     @property
-    def plan(self):
-        """`planning.planned_effects` of the confirmatory contrast."""
-        metric = self.profile.confirmatory.metric
-        deltas = tables.paired(self.runs, claims.confirmatory(self.profile), metric, self.decoding)
-        return planned_effects(deltas)
+    def primary(self):
+        """The primary `claims.Finding`s, in the order of the ledger."""
+        return [one for one in self.ledger.values() if one.primary]

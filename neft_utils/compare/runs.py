@@ -123,12 +123,36 @@ class Engines:
         )
 
 
-KINDS = {MissingRuns: "missing_runs", OtherVersions: "other_versions", Engines: "engines"}
+@dataclass(frozen=True)
+class OlderScoring:
+    runs: tuple[str, ...]  # names of runs
+
+    def __str__(self):
+        return (
+            f"No end_nll in losses.csv of {len(self.runs)} runs: an older version scored them, so"
+            " the end of turn and the content before it cannot be told apart (make reproduce scores"
+            " anew). The primary claims were chosen after these runs had been seen."
+        )
+
+
+KINDS = {
+    MissingRuns: "missing_runs",
+    OtherVersions: "other_versions",
+    Engines: "engines",
+    OlderScoring: "older_scoring",
+}
+
+
+def lacks_end_nll(runs):
+    """Names of the runs whose losses.csv is of an older version, without the column end_nll."""
+    return [f"{a}-s{s}" for (a, s), run in runs.items() if "end_nll" not in run["losses"]]
 
 
 def caveats(profile, runs):
-    """What every table of these runs must say of itself: a list of MissingRuns, OtherVersions (of
-    the packages that provenance records) and Engines, whichever apply. `str()` gives a sentence.
+    """What every table of these runs must say of itself, a list; `str()` of each is a sentence.
+
+    MissingRuns, OtherVersions (of the packages that provenance records), Engines and OlderScoring,
+    whichever apply.
     """
     out = []
     there, missing = _split(profile, runs)
@@ -146,6 +170,8 @@ def caveats(profile, runs):
     engines = {engine_of(run) for run in runs.values() if len(run["generations"])}
     if len(engines) > 1:
         out.append(Engines(tuple(sorted(engines))))
+    if older := lacks_end_nll(runs):
+        out.append(OlderScoring(tuple(older)))
     return out
 
 

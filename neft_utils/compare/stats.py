@@ -1,4 +1,4 @@
-"""Intervals, tests and verdicts for paired comparisons of two arms over seeds and examples.
+"""Intervals and tests for paired comparisons of two arms over seeds and examples.
 
 The unit is the **seed pair**: treatment and control trained with the same seed on the same rows
 and scored on the same test examples. Every seed pair meets every example, which is a two-way
@@ -8,19 +8,21 @@ crossed design with one number per cell and two random factors,
 
 so that the mean over S seeds and N examples has variance A/S + B/N + C/(S N). Averaging over
 examples first and testing S numbers ignores B/N (the examples are a sample too); pooling all
-S N numbers ignores A/S, and A does not shrink however many examples are scored.
+S N numbers ignores A/S, and A does not shrink however many examples are scored. Examples may have
+weights, as a loss per token weighs a response by its tokens.
 
 Sources: Searle, Casella & McCulloch 1992 (crossed random effects, expected mean squares),
-Satterthwaite 1946 (degrees of freedom of a sum of mean squares), Miller 2024, arXiv:2411.00640
-(paired evaluation of language models), Holm 1979 (several tests).
+Satterthwaite 1946 (degrees of freedom of a sum of mean squares), Bell & McCaffrey 2002 (residuals
+of a weighted estimate, corrected for leverage), Miller 2024, arXiv:2411.00640 (paired evaluation of
+language models), Holm 1979 (several tests).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, isfinite, nan
-from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -40,7 +42,7 @@ class Interval:
     any spread (an interval of width zero would claim certainty from a few equal numbers).
     """
 
-    estimate: float  # mean of treatment minus control
+    estimate: float  # (weighted) mean of treatment minus control
     ci_low: float
     ci_high: float
     se: float  # standard error of the estimate; NaN with one seed
@@ -66,12 +68,16 @@ def confirmatory_interval(
     Satterthwaite gives that sum (sum)^2 / sum_i(MS_i^2 / df_i) degrees of freedom. Where the t
     interval with S-1 degrees over the S seed-pair means is wider, that one is returned.
 
-    deltas: columns seed, example_id, delta; every seed has every example once (S N rows).
+    With a column `weight` the estimate is sum w d / sum w, see `mean_squares`.
+
+    deltas: columns seed, example_id, delta, and weight (optional; positive, the same for every
+    seed); every seed has every example once (S N rows).
     power: for `detectable`, two-sided at 1 - level. N = 1 gives the t interval over seeds. With
     S = 1 there is no interval over seeds: ci, se and detectable are NaN, df is 0.
     Raises ValueError for missing columns, no rows, non-finite, repeated or unbalanced values.
     """
-    return _t_interval(crossed_matrix(deltas), level, power)
+    values, shares = crossed_matrix(deltas), example_shares(deltas)
+    return _t_interval(values, level, power, shares)
 
 
 def seed_interval(values: Sequence[float], level: float = 0.95, power: float = 0.8) -> Interval:
@@ -133,131 +139,81 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     return np.minimum(steps, 1.0)[np.argsort(order)]
 
 
-def non_inferiority(interval: Interval, margin: float, higher_is_better: bool) -> bool:
-    """True if the whole interval lies on the good side of "worse by margin" (metric's unit).
-
-    A 95 % interval makes this a one-sided test at 2.5 %. Without an interval (NaN): False.
-    """
-    if not (isfinite(margin) and margin > 0):
-        raise ValueError(f"margin must be a positive number in the metric's unit, got {margin!r}")
-    worst = interval.ci_low if higher_is_better else -interval.ci_high
-    return bool(worst > -margin)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What an interval says of an effect, as data; `str()` makes the words, and nothing else does.
-
-    Numbers are in the metric's own unit. `verdict` makes one.
-    """
-
-    outcome: Literal["detected", "opposite", "not_detected", "not_testable"]
-    unit: str = ""
-    detectable: float | None = None  # smallest effect that could be seen; None if not testable
-    elsewhere: str | None = None  # profile that can test it
-    adjusted_p: float | None = None  # from `holm`, where several were tested
-    taken_back: bool = (
-        False  # the interval excludes 0, and after Holm's correction it does not count
-    )
-    margin: float | None = None  # how much worse still counts as "no worse"
-    held: bool | None = None  # whether `non_inferiority` holds; None without margin or interval
-
-    @property
-    def testable(self) -> bool:
-        return self.outcome != "not_testable"
-
-    @property
-    def detected(self) -> bool:
-        """An effect of either sign, the claimed one or its opposite."""
-        return self.outcome in ("detected", "opposite")
-
-    def __str__(self) -> str:
-        if not self.testable:
-            return "not testable here" + (
-                f" (see profile {self.elsewhere})" if self.elsewhere else ""
-            )
-        if self.detected:
-            against = self.outcome == "opposite"
-            words = "detected, opposite to the claim" if against else "detected"
-        elif self.taken_back:
-            words = f"not detected after correction (p = {self.adjusted_p:.2g})"
-        else:
-            seen = f"{self.detectable:.2g} {self.unit}".strip()
-            words = f"not detected (could have seen ≥ {seen})"
-        if self.held is None:
-            return words
-        bound = "worse by less than" if self.held else "not shown to be worse by less than"
-        return f"{words}; {bound} {self.margin:g} {self.unit}".strip()
-
-
-def verdict(
-    interval: Interval | None,
-    elsewhere: str | None = None,
-    unit: str = "",
-    claimed: int = 0,
-    adjusted_p: float | None = None,
-    margin: float | None = None,
-) -> Verdict:
-    """Whether the interval shows an effect, as a `Verdict`.
-
-    "detected" if the interval excludes 0, "opposite" if so with the other sign than claimed,
-    "not_detected" if not, "not_testable" if there is no interval (None, or its ends are NaN).
-    claimed: sign of the effect that a claim predicts (0: none). adjusted_p: from `holm`; at 0.05 or
-    more it takes a detection back. margin: for a claim of "no worse" in a metric where higher is
-    better; `held` says whether `non_inferiority` holds, and a lower value is "opposite".
-    elsewhere, unit: for the words. ValueError for a bootstrap, which has no detectable effect.
-    """
-    if interval is None or not isfinite(interval.ci_low):
-        return Verdict("not_testable", unit, elsewhere=elsewhere, margin=margin)
-    if not isfinite(interval.detectable):
-        raise ValueError("verdict needs confirmatory_interval or seed_interval, not a bootstrap")
-    excludes = interval.ci_low > 0 or interval.ci_high < 0
-    taken_back = excludes and adjusted_p is not None and adjusted_p >= 0.05
-    # What "no worse" forbids is a lower value.
-    opposite = claimed * interval.estimate < 0 or (margin is not None and interval.estimate < 0)
-    outcome = "not_detected"
-    if excludes and not taken_back:
-        outcome = "opposite" if opposite else "detected"
-    held = None if margin is None else non_inferiority(interval, margin, higher_is_better=True)
-    seen = interval.detectable
-    return Verdict(outcome, unit, seen, None, adjusted_p, taken_back, margin, held)
-
-
-def t_arithmetic(values: np.ndarray, level: float) -> tuple[np.ndarray, ...]:
+def t_arithmetic(
+    values: np.ndarray, level: float, shares: np.ndarray | None = None
+) -> tuple[np.ndarray, ...]:
     """Estimate, half width, se, df, shape (...) each, of (..., S, N) values; S >= 2.
 
+    shares: of each example in the estimate, shape (..., N), summing to 1; None: 1/N each.
     Takes stacks, so that `simulation` tests the arithmetic of the real interval.
     """
-    mean, squares = mean_squares(values)
-    return mean, *combined(squares, *values.shape[-2:], level)
+    shares = _equal(values) if shares is None else shares
+    mean, squares = mean_squares(values, shares)
+    return mean, *combined(squares, values.shape[-2], shares, level)
 
 
-def mean_squares(values: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-    """Means and (MS_seed, MS_example, MS_rest), shape (...) each, of (..., S, N) values."""
+def mean_squares(
+    values: np.ndarray, shares: np.ndarray
+) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+    """Means and (MS_seed, MS_example, MS_rest), shape (...) each, of (..., S, N) values.
+
+    With shares h_e = w_e / sum w of the examples, the estimate m is the mean over seeds of
+    m_s = sum_e h_e d_se, and to first order, the weights being drawn with the examples,
+
+        m - mu = mean_s a_s + sum_e h_e (b_e + mean_s c_se):
+
+    an example moves the estimate by h_e times its own distance from it (a ratio's influence). So
+
+        MS_seed    = N sum_s (m_s - m)^2 / (S-1)
+        MS_example = S N sum_e h_e^2 (mean_e - m)^2 / g_e
+        MS_rest    = N sum_se h_e^2 (d_se - m_s - mean_e + m)^2 / (g_e (S-1))
+
+    with the expectations that `confirmatory_interval` gives, B and C being weighted: B =
+    N sum_e h_e^2 var(b_e). An example pulls m towards itself, so its distance has the variance
+    times g_e = 1 - 2 h_e + sum h^2, not 1. Equal shares give the sums that stand there, since
+    then g_e = (N-1)/N.
+    """
     n_seeds, n_examples = values.shape[-2:]
-    mean = values.mean((-2, -1), keepdims=True)
-    by_seed = values.mean(-1, keepdims=True) - mean
+    h = shares[..., None, :]
+    by_seed = (h * values).sum(-1, keepdims=True)
+    mean = by_seed.mean(-2, keepdims=True)
+    by_seed = by_seed - mean
     by_example = values.mean(-2, keepdims=True) - mean
     rest = values - mean - by_seed - by_example
-    dfs = _dfs(n_seeds, n_examples)
-    ms_seed = n_examples * (by_seed**2).sum((-2, -1)) / dfs[0]
-    ms_example = n_seeds * (by_example**2).sum((-2, -1)) / dfs[1]
-    return mean[..., 0, 0], (ms_seed, ms_example, (rest**2).sum((-2, -1)) / dfs[2])
+    pull = 1 - 2 * h + (h**2).sum(-1, keepdims=True)
+    # One example alone is the estimate: it has no distance from it, and no spread to divide.
+    scale = n_examples * h**2 / np.where(pull > 1e-12, pull, 1.0)
+    ms_seed = n_examples * (by_seed**2).sum((-2, -1)) / (n_seeds - 1)
+    ms_example = n_seeds * (scale * by_example**2).sum((-2, -1))
+    ms_rest = (scale * rest**2).sum((-2, -1)) / (n_seeds - 1)
+    return mean[..., 0, 0], (ms_seed, ms_example, ms_rest)
 
 
-def _dfs(n_seeds: int, n_examples: int) -> tuple[int, int, int]:
+def _equal(values: np.ndarray) -> np.ndarray:
+    return np.full(values.shape[-1], 1 / values.shape[-1])
+
+
+def _dfs(n_seeds: int, shares: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Degrees of freedom of the three mean squares.
+
+    A sum of squares with weights h^2 has (sum h^2)^2 / sum h^4 members' worth of freedom
+    (Satterthwaite), N where they are equal, and one of N is spent on the mean.
+    """
+    n_examples = shares.shape[-1]
+    members = (shares**2).sum(-1) ** 2 / (shares**4).sum(-1)
     # With one example the last two sums are 0 and have no degrees of freedom: 0 / 1.
-    return n_seeds - 1, max(n_examples - 1, 1), max((n_seeds - 1) * (n_examples - 1), 1)
+    examples = np.maximum(members * (n_examples - 1) / n_examples, 1.0)
+    return np.full_like(examples, n_seeds - 1), examples, np.maximum((n_seeds - 1) * examples, 1.0)
 
 
 def combined(
-    observed: tuple[np.ndarray, ...], n_seeds: int, n_examples: int, level: float
+    observed: tuple[np.ndarray, ...], n_seeds: int, shares: np.ndarray, level: float
 ) -> tuple[np.ndarray, ...]:
     """Half width, se and df of the mean, shape (...) each; never below the seeds' own t.
 
     observed: the three of `mean_squares`, or what they are expected to be.
     """
-    (ms_seed, ms_example, ms_rest), dfs = observed, _dfs(n_seeds, n_examples)
+    (ms_seed, ms_example, ms_rest), dfs = observed, _dfs(n_seeds, shares)
     # Each mean square holds C once, the sum needs it once: subtract it, leave it or add it.
     # Equal up to rounding counts as equal, else a shift of all values could move the df.
     floor_ms = (1 + 1e-9) * ms_rest
@@ -266,8 +222,9 @@ def combined(
     total = sum(terms)
     squares = sum(term**2 / df for term, df in zip(terms, dfs, strict=True))
     # A subtraction can push the formula below the poorest member's df; no sum lies there.
-    df = np.maximum(total**2 / np.where(squares > 0, squares, 1.0), min(dfs))
-    se, floor_se = (np.sqrt(ms / (n_seeds * n_examples)) for ms in (total, ms_seed))
+    poorest = functools.reduce(np.minimum, dfs)
+    df = np.maximum(total**2 / np.where(squares > 0, squares, 1.0), poorest)
+    se, floor_se = (np.sqrt(ms / (n_seeds * shares.shape[-1])) for ms in (total, ms_seed))
     half_width, floor = (t.ppf((1 + level) / 2, d) * s for d, s in ((df, se), (dfs[0], floor_se)))
     pairs = ((floor, half_width), (floor_se, se), (dfs[0], df))
     return tuple(np.where(floor >= half_width, *pair) for pair in pairs)
@@ -278,13 +235,16 @@ def is_rounding(spread: float, values: np.ndarray) -> bool:
     return bool(spread <= _ROUNDING * np.abs(values).max())
 
 
-def _t_interval(values: np.ndarray, level: float, power: float) -> Interval:
+def _t_interval(
+    values: np.ndarray, level: float, power: float, shares: np.ndarray | None = None
+) -> Interval:
     if not 0 < level < 1:
         raise ValueError(f"level must lie between 0 and 1, got {level!r}")
     n_seeds, n_examples = values.shape
     if n_seeds == 1:
-        return Interval(float(values.mean()), nan, nan, nan, 0.0, 1, n_examples, nan)
-    mean, half_width, se, df = (float(x) for x in t_arithmetic(values, level))
+        mean = float(values[0] @ (_equal(values) if shares is None else shares))
+        return Interval(mean, nan, nan, nan, 0.0, 1, n_examples, nan)
+    mean, half_width, se, df = (float(x) for x in t_arithmetic(values, level, shares))
     if is_rounding(se, values):
         return Interval(mean, nan, nan, 0.0, df, n_seeds, n_examples, nan)
     seen = detectable_effect(se, df, 1 - level, power)
@@ -308,3 +268,22 @@ def crossed_matrix(deltas: pd.DataFrame) -> np.ndarray:
         hole = f"seed {table.index[row]} lacks example_id {table.columns[column]}"
         raise ValueError(f"deltas is unbalanced: {hole}; keep the examples that all seeds have")
     return table.to_numpy(dtype=float)
+
+
+def example_shares(deltas: pd.DataFrame) -> np.ndarray:
+    """Of each example in the estimate, in the columns' order of `crossed_matrix`; they sum to 1.
+
+    deltas: as checked there, with or without a column weight. ValueError for weights that are
+    not positive and finite, or differ between the seeds of an example.
+    """
+    if "weight" not in deltas:
+        return np.full(n := deltas["example_id"].nunique(), 1 / n)
+    weight = pd.to_numeric(deltas["weight"], errors="coerce").astype(float)
+    by_example = weight.groupby(deltas["example_id"])
+    low, high = by_example.min(), by_example.max()
+    good = (low > 0) & (low == high) & (high < inf) & (by_example.count() == by_example.size())
+    if not good.all():
+        name = good.index[~good][0]
+        raise ValueError(f"example_id {name} needs one positive weight, the same for all seeds")
+    weights = by_example.first().to_numpy()
+    return weights / weights.sum()

@@ -12,8 +12,9 @@ import pandas as pd
 
 from neft_utils.base.strict import ConfigError
 from neft_utils.compare import length_control, length_pairs, stats
-from neft_utils.compare.metrics import JUDGED, METRICS, per_item
+from neft_utils.compare.metrics import JUDGED, METRICS, OWN_ROWS, mean, per_item, quantity
 from neft_utils.compare.runs import engine_of
+from neft_utils.compare.words import LOG_RATIO, digits_of, show, verdict
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def by_seed(runs, decoding):
         for name in METRICS:
             items = per_item(run, name, decoding)
             if items is not None:
-                row[name] = items.mean()
+                row[name] = mean(items)
                 continue
             where = f"train/{decoding}/" if name.startswith("train_") else f"{decoding}/"
             row[name] = scores.get(name, scores.get(where + name.removeprefix("train_")))
@@ -85,23 +86,40 @@ def main_table(seeds, arms):
 
 
 def paired(runs, pair, name, decoding):
-    """DataFrame seed, example_id, delta: a per-item metric, treatment minus the controls' mean.
+    """DataFrame seed, example_id, delta, weight: a metric, treatment minus the controls' mean.
 
     pair: a `Contrast`. Only seeds that every arm has and that were asked. None if there are none.
-    ConfigError if arms of a seed were asked different items (an answer that a judge left out drops
-    its pair).
+    ConfigError if arms of a seed have different items, or items of different length (an answer
+    that a judge left out drops its pair).
     """
     frames = []
     for seed in _common_seeds(runs, pair):
         sides = [per_item(runs[arm, seed], name, decoding) for arm in pair.arms]
         if any(side is None for side in sides):
             continue
-        if name not in JUDGED and any(set(side.index) != set(sides[0].index) for side in sides):
-            arms = " and ".join(pair.arms)
-            raise ConfigError(f"{name}: {arms} of seed {seed} have different items")
-        delta = (sides[0] - sum(sides[1:]) / len(pair.controls)).dropna()
-        frames.append(pd.DataFrame({"seed": seed, "example_id": delta.index, "delta": delta.array}))
+        if name not in JUDGED:
+            _refuse_unlike(sides, pair, seed, name)
+        values = [side.value for side in sides]
+        delta = (values[0] - sum(values[1:]) / len(pair.controls)).dropna()
+        columns = {"seed": seed, "example_id": delta.index, "delta": delta.array}
+        weight = sides[0].weight.reindex(delta.index).array
+        frames.append(pd.DataFrame({**columns, "weight": weight}))
     return pd.concat(frames, ignore_index=True) if frames else None
+
+
+def _refuse_unlike(sides, pair, seed, name):
+    for arm, side in zip(pair.arms, sides, strict=True):
+        first = sides[0]
+        unlike = sorted(map(str, set(side.index) ^ set(first.index)))
+        what = "different items"
+        if not unlike:
+            unlike = list(side.index[side.weight != first.weight.reindex(side.index)])
+            what = "items of different length"
+        if unlike:
+            raise ConfigError(
+                f"{name}: {pair.treatment} and {arm} of seed {seed} have {what}, such as"
+                f" {unlike[0]}: score both on the same rows (notebook 04)"
+            )
 
 
 def _common_seeds(runs, pair):
@@ -114,7 +132,7 @@ def contrast(runs, seeds, pair, name, decoding):
     Per-item metrics use the two-way interval over seeds and items; others, and train rows (each
     seed has its own), the t interval over seed pairs. seeds: `by_seed(runs, decoding)`.
     """
-    deltas = paired(runs, pair, name, decoding)
+    deltas = paired(runs, pair, name, decoding) if name not in OWN_ROWS else None
     if deltas is not None:
         whole = deltas.groupby("example_id").seed.transform("size") == deltas.seed.nunique()
         if whole.any():
@@ -128,15 +146,17 @@ def contrast(runs, seeds, pair, name, decoding):
 
 
 def contrasts(runs, seeds, profile, decoding):
-    """Every arm against its control in every metric: tidy DataFrame with intervals.
+    """Every arm against its control in every metric but times: tidy DataFrame with intervals.
 
-    p and verdict (a `stats.Verdict`, whose words a CSV gets) are not corrected for how many there
-    are: they say where to look.
+    p and verdict (a `words.Verdict`, whose words a CSV gets) are not corrected for how many there
+    are: they say where to look. Runs had neighbours, so their times are no measurement.
     """
     rows = []
     for arm in profile.arms:
         control = profile.control_of(arm)
         for name, (unit, _) in METRICS.items() if arm != control else ():
+            if unit == "s":
+                continue
             interval = contrast(runs, seeds, Contrast(arm, (control,)), name, decoding)
             if interval is not None:
                 rows.append(
@@ -147,9 +167,37 @@ def contrasts(runs, seeds, profile, decoding):
                         "unit": unit,
                         **dataclasses.asdict(interval),
                         "p": stats.p_value(interval),
-                        "verdict": stats.verdict(interval, unit=unit),
+                        "verdict": verdict(interval, quantity(name)),
                     }
                 )
+    return pd.DataFrame(rows)
+
+
+def by_length(runs, pair, decoding, parts=4):
+    """What noise does at the end and before it, by length of the reference: a row a part.
+
+    pair: a `Contrast`. Test rows are cut into `parts` of equal number by their tokens. DataFrame
+    tokens (median of the part), rows, and for `end_nll` and `content_nll` the estimate with its
+    interval, `<name>`, `<name>_ci_low`, `<name>_ci_high`, in nats and nats per token. Empty for
+    runs without end_nll.
+    """
+    frames = {name: paired(runs, pair, name, decoding) for name in ("end_nll", "content_nll")}
+    if any(frame is None for frame in frames.values()):
+        return pd.DataFrame(columns=["tokens", "rows", *frames])
+    arm, seed = pair.treatment, frames["end_nll"].seed.iloc[0]
+    tests = runs[arm, seed]["losses"].query("split == 'test'").set_index("example_id").n_tokens
+    part = pd.qcut(tests.rank(method="first"), parts, labels=False)
+    rows = []
+    for number in range(parts):
+        inside = tests[part == number]
+        row = {"tokens": inside.median(), "rows": len(inside)}
+        for name, frame in frames.items():
+            some = frame[frame.example_id.isin(inside.index)]
+            one = stats.confirmatory_interval(some) if len(some) else None
+            row[name] = one.estimate if one else math.nan
+            row[f"{name}_ci_low"] = one.ci_low if one else math.nan
+            row[f"{name}_ci_high"] = one.ci_high if one else math.nan
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -217,18 +265,6 @@ def escaped(frame):
 # -------------------------------------------------------------------------------- writing
 
 
-def show(number, digits=4):
-    """A number for a table: `digits` after the point, thin dash where there is none."""
-    if number is None or not math.isfinite(number):
-        return "–"
-    text = f"{number:.{digits}f}"
-    return text.removeprefix("-") if float(text) == 0 else text  # no "-0"
-
-
-def digits_of(unit):
-    return {"nats/token": 4, "tokens": 1, "s": 1, "%": 1, "points": 1, "lines": 0}.get(unit, 2)
-
-
 def main_markdown(main):
     """The main table for people, arms as columns: mean [95 % interval over seeds]."""
     arms = main.set_index("arm").to_dict("index")
@@ -237,12 +273,16 @@ def main_markdown(main):
     for name, (unit, _) in METRICS.items():
         if main[name].notna().any():
             cells = [_with_interval(row, name) for row in arms.values()]
-            lines.append(f"| `{name}`, {unit} | " + " | ".join(cells) + " |")
+            shown = "tokens, geometric mean" if unit == LOG_RATIO else unit
+            lines.append(f"| `{name}`, {shown} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", "In brackets behind an arm: its number of seeds."]) + "\n"
 
 
 def _with_interval(row, name):
-    digits = digits_of(METRICS[name][0])
-    low, high = row[f"{name}_ci_low"], row[f"{name}_ci_high"]
+    unit = METRICS[name][0]
+    value, low, high = (row[f"{name}{end}"] for end in ("", "_ci_low", "_ci_high"))
+    if unit == LOG_RATIO:
+        value, low, high = math.exp(value), math.exp(low), math.exp(high)
+    digits = digits_of(unit)
     span = f" [{show(low, digits)}, {show(high, digits)}]" if math.isfinite(low) else ""
-    return show(row[name], digits) + span
+    return show(value, digits) + span

@@ -17,7 +17,7 @@ from neft_utils.train.memory import out_of_memory
 
 # Per-item files of a run; one that was not asked for has its columns and no row.
 ITEM_COLUMNS = {
-    "losses.csv": ["split", "example_id", "n_tokens", "nll"],
+    "losses.csv": ["split", "example_id", "n_tokens", "nll", "end_nll"],
     "task_items.csv": benchmarks.COLUMNS,
     "perturbed_losses.csv": stability.PERTURBED_COLUMNS,
     "stopping.csv": stability.STOPPING_COLUMNS,

@@ -160,19 +160,20 @@ def summarise_answers(
 
 
 def nll_summary(losses: pd.DataFrame) -> dict[str, float]:
-    """Mean response NLL per split, noise off, in nats per response token.
+    """Response NLL per split, noise off, in nats per response token: a mean over tokens.
 
     losses: columns split, example_id, n_tokens, nll (losses.csv), one row per example, nll being
-    the mean over its n_tokens. Returns `<split>_nll` for each split, every example weighing the
-    same however long it is, and gap = test_nll - train_nll if both splits are there. Raises
+    the mean over its n_tokens. Returns `<split>_nll` for each split, an example weighing as it has
+    tokens, as in training, and gap = test_nll - train_nll if both splits are there. Raises
     ValueError, naming split and example_id, for a value that is not finite or a repeated row,
     and for no rows.
     """
     keys = _keys(losses, ("split", "example_id", "n_tokens", "nll"), "losses")
     for column in ("n_tokens", "nll"):
         _refuse(~np.isfinite(_numbers(losses[column])), keys, f"{column} is not finite")
-    means = pd.Series(_numbers(losses["nll"])).groupby(keys["split"].to_numpy()).mean()
-    summary = {f"{split}_nll": float(mean) for split, mean in means.items()}
+    nll, tokens = (_numbers(losses[name]) for name in ("nll", "n_tokens"))
+    sums = pd.DataFrame({"nll": nll * tokens, "n": tokens}).groupby(keys["split"].to_numpy()).sum()
+    summary = {f"{split}_nll": float(mean) for split, mean in (sums.nll / sums.n).items()}
     if "test_nll" in summary and "train_nll" in summary:
         summary["gap"] = summary["test_nll"] - summary["train_nll"]
     return summary

@@ -1,10 +1,11 @@
 """The questions that people come with, each answered in one place from a profile's results.
 
-Every function takes `compare.results.Results` and returns Markdown. Numbers and verdicts come
-from the runs' files; `published/` and type_one_error.csv are read as notebooks 6 and 5 left them.
+Every function takes `compare.results.Results` and returns Markdown. Numbers and sentences come
+from the runs' files; `published/` and coverage.csv are read as notebooks 6 and 5 left them.
 The README shows the answers for the promoted profiles, and the report's index for any results.
 """
 
+import json
 import math
 import statistics
 import textwrap
@@ -12,85 +13,88 @@ import textwrap
 import pandas as pd
 
 from neft_utils.base.files import ROOT, read_json
-from neft_utils.base.paths import BASE, REFERENCE
+from neft_utils.base.paths import BASE, NOTEBOOKS, REFERENCE, STEPS
 from neft_utils.compare import facts
+from neft_utils.compare.agreement import held
 from neft_utils.compare.claims import claims_markdown, dose, only_alpha
 from neft_utils.compare.expected import duration, notebook_seconds
-from neft_utils.compare.tables import Contrast, digits_of, main_markdown, show
+from neft_utils.compare.tables import Contrast, main_markdown
+from neft_utils.compare.words import LOG_RATIO, digits_of, plain, show, size, with_interval
 
 
 def headline(results):
-    """The verdict; table paper | public leaderboard | ours, without noise and with."""
-    paper = facts.paper_results().query("train_data == 'Alpaca' and table in ('1/7', '4')")
-    wins = paper.query("metric == 'win_rate_vs_davinci003'").value.tolist()
-    chars = paper.query("metric == 'response_chars'").value.tolist()
+    """The primary answers; table paper | public leaderboard | ours, without noise and with."""
     pair = facts.leaderboard_pair()
     found = read_json(results.folder / "published/comparison.json")
     raw = (found["raw_difference"], *found["raw_ci"]) if found else ()
     board = "Leaderboard: the authors' Alpaca model beside another"
     rows = [
-        ("Paper: LLaMA-2-7B on Alpaca, one seed; win rate, %", *_sides(wins, 2)),
-        ("… length of its answers, characters", *_sides(chars, 0)),
+        ("Paper's headline: LLaMA-2-7B on Alpaca; win rate, %", *_paper("1/7", "Alpaca", 2)),
+        ("… length of its answers, characters", *_paper("4", "Alpaca", 0)),
+        (
+            "Paper, nearest to ours: LLaMA-2-7B on ShareGPT; win rate, %",
+            *_paper("1/7", "ShareGPT", 2),
+        ),
+        ("… length of its answers, characters", *_paper("4", "ShareGPT", 0)),
         (f"{board}; win rate, %", *_sides(pair["raw"][:2], 1, *raw)),
         ("… the same, length-controlled, %", *_sides(pair["length_controlled"][:2], 1)),
     ]
-    first = results.ledger["confirmatory"]
-    pairs = first.interval.n_seeds if first.interval else 0
-    for name, text in (
-        ("confirmatory", f"**Ours**: {pairs} seed pairs; loss on test rows, "),
-        ("less_overfitting", "… test loss minus training loss, "),
-        ("longer_answers", "… length of the answers, "),
-    ):
-        row, unit = results.ledger[name], results.ledger[name].verdict.unit
-        if row.interval is None:
-            rows.append((text + unit, "–", "–", str(row.verdict)))
-            continue
-        wide = results.seeds.pivot(index="seed", columns="arm", values=row.claim.metric)
-        without = wide[list(row.contrast.controls)].mean(axis=1)
-        sides = pd.concat([without, wide[row.contrast.treatment]], axis=1).dropna()  # the pairs
-        cells = _sides(sides.mean().tolist(), digits_of(unit), *_numbers(row))
-        rows.append((text + unit, *cells[:2], f"{cells[2]}, {row.verdict}"))
-    verdict = str(first.verdict)
-    verdict = verdict[:1].upper() + verdict[1:]
-    lines = [
-        f"*{first.claim.text}* **{verdict}.**",
-        "",
-        "| | without noise | with noise | difference [95 % interval] |",
-        "|---|---|---|---|",
-    ]
+    names = [one.id for one in results.primary]
+    for name in (*names, "held_out_loss", "less_overfitting"):
+        row = results.ledger[name]
+        unit = row.verdict.quantity.unit
+        shown = "tokens, geometric mean" if unit == LOG_RATIO else plain(unit)
+        rows.append((f"**Ours**: `{row.claim.metric}`, {shown}", *_ours(results, row)))
+    lines = [f"- *{one.claim.text}* **{_sentence(one)}**" for one in results.primary]
+    lines = [line for one in lines for line in _filled(one)]
+    heads = "| | without noise | with noise | difference [95 % interval] |"
+    lines += ["", heads, "|---|---|---|---|"]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([*lines, *_notes(results)]) + "\n"
 
 
+def expected(results):
+    """The primary answers that `make reproduce` of this profile is expected to end with."""
+    lines = []
+    for one in results.primary:
+        line = f"- *{one.claim.text}* {_sentence(one)}"
+        tolerance, _ = held(one.interval, one.interval)
+        if math.isfinite(tolerance):
+            unit = one.verdict.quantity.unit
+            within = f"{show(size(tolerance, unit), digits_of(unit))} {plain(unit)}"
+            line += f" In numbers {_estimate(one)}; yours may differ by {within}."
+        lines += _filled(line)
+    return "\n".join(lines) + "\n"
+
+
 def certainty(results):
-    """How far the confirmatory answer reaches, and what more seed pairs would buy."""
-    row = results.ledger["confirmatory"]
-    one, unit = row.interval, row.verdict.unit
-    if not row.verdict.testable:
-        return f"One seed pair, so no interval: {row.verdict}.\n"
-    digits = digits_of(unit)
-    low, high, seen = (show(x, digits) for x in (one.ci_low, one.ci_high, one.detectable))
-    rates = pd.read_csv(results.folder / "tables/type_one_error.csv")
-    ours, bootstrap = rates.confirmatory.max(), rates.crossed_bootstrap.max()
-    text = (
-        f"{one.n_seeds} seed pairs and {one.n_examples} test rows give an interval from"
-        f" {low} to {high} {unit}. An effect of {seen} {unit} would have been found four times out"
-        f" of five. In simulated experiments without any effect such an interval excludes zero in"
-        f" at most {ours:.0%} of them (nominal: 5 %), a bootstrap over seeds and rows in up to"
-        f" {bootstrap:.0%}. What more seeds would buy, the test rows staying as many as they are:"
-    )
-    plan = results.plan
-    found = f"smallest effect found four times out of five, {unit}"
-    return "\n".join(
-        [
-            textwrap.fill(text, 96),
-            "",
-            "| seed pairs | " + " | ".join(map(str, plan.n_seeds)) + " |",
-            "|---" * (1 + len(plan)) + "|",
-            f"| {found} | " + " | ".join(show(x, digits) for x in plan.detectable) + " |",
-            "",
-        ]
-    )
+    """How far the primary answers reach, and what more seed pairs would buy."""
+    testable = [one for one in results.primary if one.verdict.testable]
+    second = results.ledger["held_out_loss"]
+    shown = testable or ([second] if second.verdict.testable else [])
+    if not shown:
+        return "One seed pair, so no interval: nothing to plan with.\n"
+    sizes = sorted({(one.interval.n_seeds, one.interval.n_examples) for one in shown})
+    text = " and ".join(f"{pairs} seed pairs with {rows} rows or answers" for pairs, rows in sizes)
+    text += " stand behind these intervals."
+    if (results.folder / "tables/coverage.csv").exists():
+        rates = pd.read_csv(results.folder / "tables/coverage.csv")
+        text += (
+            f" In simulated experiments such a 95 % interval holds the truth in"
+            f" {rates.interval.min():.0%} to {rates.interval.max():.0%} of them, with normal and"
+            f" with heavy-tailed rows, equal and weighted by tokens; a bootstrap over seeds and"
+            f" rows in as few as {rates.crossed_bootstrap.min():.0%}."
+        )
+    text += " What more seeds would buy, the test rows staying as many as they are:"
+    lines, heads = [], "smallest effect found four times out of five"
+    for one in shown:
+        plan, unit = results.plan(one.claim.metric), one.verdict.quantity.unit
+        if not lines:
+            lines = [f"| {heads} | " + " | ".join(f"{n} pairs" for n in plan.n_seeds) + " |"]
+            lines += ["|---" * (1 + len(plan)) + "|"]
+        cells = [show(x, digits_of(unit)) for x in (size(x, unit) for x in plan.detectable)]
+        lines.append(f"| `{one.claim.metric}`, {plain(unit)} | " + " | ".join(cells) + " |")
+    return "\n".join([textwrap.fill(text, 96), "", *lines, ""])
 
 
 def length(results):
@@ -98,7 +102,7 @@ def length(results):
     views = pd.read_csv(results.folder / "published/views.csv")
     found = read_json(results.folder / "published/comparison.json")
     raw, rest = views[views.kind == "raw"].iloc[0], views[views.kind != "raw"].estimate
-    ours, judged = results.ledger["longer_answers"], results.ledger["beyond_length"]
+    ours, judged = results.ledger["answer_length"], results.ledger["beyond_length"]
     overlap = f" Effect at equal length: {found['overlap']['verdict']}." if found else ""
     text = (
         f"Of the published gain of {raw.estimate:+.1f} points between {rest.min():+.1f} and"
@@ -123,22 +127,15 @@ def length(results):
 
 def cost(results):
     """What noise costs in code, time and memory, and what one run of this profile takes."""
-    folder, found = results.folder, results.ledger
+    folder = results.folder
     measured = (
         read_json(path) for path in (folder / "bench.json", ROOT / REFERENCE / "cpu/bench.json")
     )
     bench = next((one for one in measured if one), None)
-    rows = [("lines to add to your training code", f"{found['few_lines'].estimate:.0f}")]
+    rows = [("lines to add to your training code", str(lines_to_add()))]
     if bench:
         share = f"{bench['noise_overhead_percent']:.1f} % (`make bench`, {bench['profile']})"
         rows.append(("drawing and adding the noise, share of a training step", share))
-    rows += [
-        ("training time, with noise minus without", _estimate(found["training_cost"])),
-        (
-            "time to answer the test prompts, with noise minus without",
-            _estimate(found["inference_cost"]),
-        ),
-    ]
     for step, what in ((3, "one run, training"), (4, "one run, scoring and answering")):
         took = notebook_seconds(folder, step)
         if took:
@@ -151,17 +148,22 @@ def cost(results):
     return "\n".join([*lines, "", f"On {device}."]) + "\n"
 
 
+def lines_to_add():
+    """Lines of notebook 7 that a user's own training code needs for the noise, counted."""
+    source = json.loads((NOTEBOOKS / f"{STEPS[7]}.ipynb").read_text("utf-8"))
+    code = [line for c in source["cells"] if c["cell_type"] == "code" for line in c["source"]]
+    return len({line.strip() for line in code if "NEFTuneCallback" in line or "callbacks=" in line})
+
+
 def evidence(results):
-    """The answer in a sentence or two, the ledger, and the table of all metrics by arm."""
-    first, *rest = (row for row in results.ledger.values() if row.id != "few_lines")
-    tested = [row for row in rest if row.verdict.testable]
-    found = [row for row in tested if row.verdict.detected]
+    """What is seen among the secondary claims, the ledger, and the table of all metrics by arm."""
+    tested = [row for row in results.ledger.values() if row.verdict.testable and not row.primary]
+    found = [row for row in tested if row.verdict.seen]
     text = (
-        f"Held-out loss, with noise minus without: {_estimate(first)}, **{first.verdict}**."
-        f" Among the other claims a difference is detected for {len(found)} of {len(tested)} that"
-        " could be tested."
+        f"Of {len(tested)} secondary claims that could be tested, {len(found)} show a difference."
     )
-    differ = [f"- *{r.claim.text}* {_estimate(r)}, **{r.verdict}**. {r.claim.note}" for r in found]
+    differ = [f"- *{r.claim.text}* **{_sentence(r)}** {r.claim.note}" for r in found]
+    differ = [line for one in differ for line in _filled(one)]
     answer = "\n".join([textwrap.fill(text, 96), "", *differ]).rstrip()
     notes = "".join(f"\n{one}\n" for one in results.caveats)
     return f"""\
@@ -176,18 +178,16 @@ def evidence(results):
 
 
 def curve(results):
-    """The confirmatory answer and the held-out loss by size of the noise, with what is missing."""
+    """The held-out loss by size of the noise, with what is missing, and the answers' length."""
     profile, runs = results.profile, results.runs
-    first, longer = results.ledger["confirmatory"], results.ledger["longer_answers"]
+    first, longer = results.ledger["held_out_loss"], results.ledger["answer_length"]
     device = sorted({run["provenance"]["device"] for run in runs.values()})
     text = f"On {' and '.join(device)}, {profile.data.train_rows:,} training rows a seed"
     if first.interval is None:
         return f"{text}: no pair of runs is complete.\n"
-    text += (
-        f", {first.interval.n_seeds} seed pairs and {first.interval.n_examples} test rows: held-out"
-        f" loss, with noise minus without, {_estimate(first)}, **{first.verdict}**. Length of the"
-        f" answers: {_estimate(longer)}, *{longer.verdict}*."
-    )
+    text += f", {first.interval.n_seeds} seed pairs and {first.interval.n_examples} test rows."
+    text += f" Held-out loss: {_estimate(first)}, {first.verdict}."
+    text += f" Length of the answers: {longer.verdict}."
     lines = [textwrap.fill(text, 96), ""]
     heads = "α | noise RMS / embedding RMS | runs | pairs | test loss minus control, nats/token"
     lines += [f"| {heads} |", "|---" * 5 + "|"]
@@ -199,9 +199,8 @@ def curve(results):
         pairs, number = 0, "–"
         one = results.contrast(Contrast(arm, (profile.control_of(arm),)), first.claim.metric)
         if one is not None:
-            pairs, number = one.n_seeds, f"{one.estimate:+.4f}"
-            if math.isfinite(one.ci_low):
-                number += f" [{one.ci_low:+.4f}, {one.ci_high:+.4f}]"
+            unit = first.verdict.quantity.unit
+            pairs, number = one.n_seeds, with_interval(one, unit).removesuffix(f" {plain(unit)}")
         cells = (f"{change.noise_alpha:g}", f"{statistics.mean(shares):.2f}", len(shares), pairs)
         lines.append("| " + " | ".join(map(str, (*cells, number))) + " |")
     return "\n".join([*lines, *_notes(results)]) + "\n"
@@ -227,12 +226,31 @@ def rules(results):
 
 
 # What the README can show; the report shows the first four.
-ANSWERS = (headline, certainty, length, cost, evidence, curve, rules)
+ANSWERS = (headline, certainty, length, cost, evidence, curve, rules, expected)
 
 
 def _notes(results):
     """The caveats, a paragraph each."""
     return [f"\n{textwrap.fill(str(one), 96)}" for one in results.caveats]
+
+
+def _filled(item):
+    """An item of a list in lines of a readable length."""
+    return textwrap.wrap(item, 96, subsequent_indent="  ", break_on_hyphens=False)
+
+
+def _sentence(row):
+    said = str(row.verdict)
+    return f"{said[:1].upper()}{said[1:]}."
+
+
+def _paper(table, data, digits):
+    """Cells of the paper's LLaMA-2-7B on a data set: win rates (1/7) or characters (4)."""
+    metric = "win_rate_vs_davinci003" if table == "1/7" else "response_chars"
+    found = facts.paper_results().query("table == @table and train_data == @data")
+    pair = found[found.metric == metric].value.tolist()
+    *sides, change = _sides(pair, digits)
+    return *sides, change if table == "1/7" else f"{change} (× {pair[1] / pair[0]:.2f})"
 
 
 def _sides(sides, digits, estimate=None, low=None, high=None):
@@ -246,17 +264,20 @@ def _sides(sides, digits, estimate=None, low=None, high=None):
     return f"{without:.{digits}f}", f"{noisy:.{digits}f}", f"{estimate:+.{digits}f}{span}"
 
 
-def _numbers(row):
-    """(estimate, low, high) of a `Finding`; the ends None where there is no interval."""
-    if not row.verdict.testable:
-        return row.estimate, None, None
-    return row.estimate, row.interval.ci_low, row.interval.ci_high
+def _ours(results, row):
+    """The same cells of a `Finding`: means over its seed pairs, lengths as geometric means."""
+    if row.interval is None:
+        return "–", "–", str(row.verdict)
+    unit = row.verdict.quantity.unit
+    wide = results.seeds.pivot(index="seed", columns="arm", values=row.claim.metric)
+    without = wide[list(row.contrast.controls)].mean(axis=1)
+    sides = pd.concat([without, wide[row.contrast.treatment]], axis=1).dropna().mean()
+    cells = [math.exp(x) if unit == LOG_RATIO else x for x in sides]
+    return *(show(x, digits_of(unit)) for x in cells), with_interval(row.interval, unit)
 
 
 def _estimate(row):
-    estimate, low, high = _numbers(row)
-    if estimate is None:
+    """The difference of a `Finding` with its interval, or why there is none."""
+    if row.interval is None:
         return str(row.verdict)
-    digits = digits_of(row.verdict.unit)
-    span = "" if low is None else f" [{low:+.{digits}f}, {high:+.{digits}f}]"
-    return f"{estimate:+.{digits}f}{span} {row.verdict.unit}"
+    return with_interval(row.interval, row.verdict.quantity.unit)

@@ -193,7 +193,7 @@ def reproduce(arguments):
         return code
     from neft_utils.make.ending import ending
 
-    say(ending(paths))
+    say(ending(profile, paths))
     return 0
 
 
@@ -233,7 +233,7 @@ def promote_results(arguments):
 
 
 def compare(arguments):
-    """Local main table against the reference's, cell by cell with tolerances."""
+    """Local means and contrasts against the reference's, one by one with tolerances."""
     from neft_utils.make.compare_reference import hold_against_reference
 
     profile, _, paths = _profile(arguments)

@@ -1,39 +1,74 @@
 """`make compare`: local results against the promoted ones, where both are of one experiment."""
 
-import os
-
 import pandas as pd
 
-from neft_utils.base.files import ROOT, read_json
+from neft_utils.base.files import read_json
 from neft_utils.base.paths import REFERENCE, Paths
 from neft_utils.base.strict import ConfigError
+from neft_utils.compare.agreement import AGREES, NO_INTERVAL, NO_REFERENCE, held
 from neft_utils.compare.expected import TOLERANCES
 from neft_utils.compare.metrics import METRICS
+from neft_utils.compare.results import Results
+from neft_utils.compare.tables import Contrast
 
 
 def hold_against_reference(profile, paths):
-    """Print every cell of the main table beside the reference's; returns how many are outside."""
-    sides = [Paths(profile.name, REFERENCE).tables / "main.csv", paths.tables / "main.csv"]
+    """Print every mean of an arm and every contrast beside the reference's; returns the misses.
+
+    Both sides are computed from their per-item files, so that a reference of an older version is
+    read as today's code reads it; what only one side has measured is named and is no miss.
+    """
+    sides = [Paths(profile.name, REFERENCE).results, paths.results]
     for path in sides:
-        if not path.exists():
-            raise ConfigError(f"{os.path.relpath(path, ROOT)} is missing: nothing to compare")
-    _refuse_unlike(*(path.parent.parent for path in sides))
-    reference, local = (pd.read_csv(path).set_index("arm") for path in sides)
-    if list(reference.index) != list(local.index):
-        raise ConfigError("local and reference have different arms: they cannot be compared")
+        if not list(path.glob("runs/*/scores.json")):
+            raise ConfigError(
+                f"{path.relative_to(path.parents[2])}/runs is missing: nothing to compare"
+            )
+    _refuse_unlike(*sides)
+    reference, local = (Results(path, profile) for path in sides)
+    if set(reference.runs) != set(local.runs):
+        raise ConfigError("local and reference have different runs: they cannot be compared")
+    return _means(reference, local) + _contrasts(reference, local)
+
+
+def _means(reference, local):
     misses = 0
+    there, here = (side.main.set_index("arm") for side in (reference, local))
     for metric, (unit, _) in METRICS.items():
         if unit not in TOLERANCES:
             continue
-        for arm in reference.index:
-            a, b = reference.loc[arm, metric], local.loc[arm, metric]
-            if pd.isna(a) and pd.isna(b):
+        for arm in there.index:
+            a, b = there.loc[arm, metric], here.loc[arm, metric]
+            if pd.isna(a) or pd.isna(b):
+                if pd.isna(a) != pd.isna(b):
+                    side = "local" if pd.isna(a) else "reference"
+                    print(f"-- {arm} {metric}: only the {side} side has it")
                 continue
             good = abs(a - b) <= TOLERANCES[unit]
             misses += not good
             print(
                 f"{'ok' if good else 'MISS'} {arm} {metric}: reference {a:.4f} local {b:.4f}"
                 f" tolerance {TOLERANCES[unit]:g} {unit}"
+            )
+    return misses
+
+
+def _contrasts(reference, local):
+    """Every arm against its control, held by both intervals."""
+    misses, profile = 0, local.profile
+    for arm in profile.arms:
+        control = profile.control_of(arm)
+        for metric, (unit, _) in METRICS.items() if arm != control else ():
+            pair = Contrast(arm, (control,))
+            there, here = (side.contrast(pair, metric) for side in (reference, local))
+            tolerance, said = held(here, there)
+            if unit == "s" or said in (NO_REFERENCE, NO_INTERVAL):
+                continue
+            misses += said != AGREES
+            print(
+                f"{'ok' if said == AGREES else 'MISS'} {pair} {metric}: reference"
+                f" {there.estimate:+.4f} local {here.estimate:+.4f} tolerance {tolerance:.4f}"
+                f" {unit}"
             )
     return misses
 

@@ -3,33 +3,40 @@
 import os
 from collections import Counter
 
-from neft_utils.base.files import ROOT, read_json
-from neft_utils.compare.claims import FIRST
-from neft_utils.compare.tables import digits_of, show
+import pandas as pd
+
+from neft_utils.base.files import ROOT
+from neft_utils.compare.agreement import primary_beside
+from neft_utils.compare.results import Results
 
 SAID = {
-    "detected": "detected",
-    "opposite": "detected, opposite to the claim",
-    "not_detected": "not detected",
+    "higher": "a difference upward",
+    "lower": "a difference downward",
+    "not_seen": "no difference seen",
     "not_testable": "not testable with this profile",
 }
 
 
-def ending(paths):
-    """A few lines of text from a finished run's claims.json."""
-    claims = read_json(paths.results / "claims.json")
-    first = next(one for one in claims if one["id"] == FIRST)
-    others = [one for one in claims if one is not first]
-    found = [one for one in others if one["outcome"] in ("detected", "opposite")]
+def ending(profile, paths):
+    """A few lines of text from a finished run's files: the primary answers, beside the reference's.
+
+    profile: base.profiles.Profile; paths: base.paths.Paths of its results.
+    """
+    results = Results(paths.results, profile)
     lines = []
-    for one in (first, *(one for one in found if one["ci_low"] != one["ci_high"])):  # no counts
-        said = one["verdict"]
-        lines += [f"{one['claim']} {said[:1].upper()}{said[1:]}.", f"  {_number(one)}"]
-    counts = Counter(one["outcome"] for one in others)
-    summary = ", ".join(f"{counts[kind]} {said}" for kind, said in SAID.items() if counts[kind])
+    beside = primary_beside(results.ledger.values(), profile)
+    for one in results.primary:
+        said = str(one.verdict)
+        lines += [
+            one.claim.text,
+            f"  {said[:1].upper()}{said[1:]}.",
+            f"  {_expected(beside.loc[one.id])}",
+        ]
+    others = [one for one in results.ledger.values() if not one.primary]
+    counts = Counter(one.verdict.outcome for one in others)
+    summary = ", ".join(f"{said}: {counts[kind]}" for kind, said in SAID.items() if counts[kind])
     lines.append(f"Of {len(others)} other claims: {summary}.")
-    table = (paths.tables / "claims.md").read_text("utf-8").splitlines()
-    lines += [line for line in table if line and not line.startswith("|")]  # what is missing
+    lines += map(str, results.caveats)
     place = os.path.relpath(paths.results, ROOT)
     lines += [
         f"all claims: {place}/tables/claims.md, all measures: {place}/tables/main.md",
@@ -38,11 +45,13 @@ def ending(paths):
     return "\n".join(lines)
 
 
-def _number(claim):
-    """The number behind a verdict, with its interval where there is one."""
-    if claim["estimate"] is None:
-        return "no number"
-    digits = digits_of(claim["unit"])
-    numbers = [show(claim[name], digits) for name in ("estimate", "ci_low", "ci_high")]
-    span = f" [{numbers[1]}, {numbers[2]}]" if claim["ci_low"] != claim["ci_high"] else ""
-    return f"{claim['metric']}, {claim['contrast']}: {numbers[0]} {claim['unit']}{span}"
+def _expected(row):
+    """A row of `primary_beside` as text."""
+    if pd.isna(row.expected):
+        return "Expected: no reference of this profile has it."
+    digits = 1 if row.unit == "%" else 4
+    said = f"Expected: {row.expected:+.{digits}f} {row.unit} (the stored reference)"
+    if pd.isna(row.tolerance):
+        return f"{said}; {row.verdict}."
+    within = f"± {row.tolerance:.{digits}f}"
+    return f"{said}; yours is {row.here:+.{digits}f}, {row.verdict} ({within})."

@@ -14,7 +14,8 @@ import pandas as pd
 from neft_utils.base.files import read_json
 from neft_utils.base.steps import CHAIN
 from neft_utils.compare.metrics import METRICS
-from neft_utils.compare.tables import digits_of, main_markdown, show
+from neft_utils.compare.tables import main_markdown
+from neft_utils.compare.words import digits_of, plain, show, size
 from neft_utils.make.pages import image, markdown
 
 
@@ -32,14 +33,15 @@ def _number(value, digits):
 def _estimate(row):
     """(estimate, interval, unit) of a claim as safe text, "–" where it has none."""
     unit = str(row.get("unit", ""))
-    digits, ends = digits_of(unit), (row.get("ci_low"), row.get("ci_high"))
-    if row.get("estimate") is None:
+    numbers = [row.get(name) for name in ("estimate", "ci_low", "ci_high")]
+    if numbers[0] is None:
         return "–", "", ""
+    known = [size(x, unit) if isinstance(x, int | float) else x for x in numbers]
+    estimate, low, high = (_number(one, digits_of(unit)) for one in known)
     interval = ""
-    if ends[0] is not None and ends[0] != ends[1]:
-        low, high = (_number(one, digits) for one in ends)
+    if numbers[1] is not None:
         interval = f'<span class="together">[{low}, {high}]</span>'
-    return _number(row["estimate"], digits), interval, html.escape(unit)
+    return estimate, interval, html.escape(plain(unit))
 
 
 def _safe(row, key):
@@ -47,17 +49,24 @@ def _safe(row, key):
 
 
 def verdict(claims, source):
-    row = next((one for one in claims or [] if one.get("id") == "confirmatory"), None)
-    if row is None:
-        return missing("confirmatory verdict", "run make reproduce, which ends with it")
-    estimate, interval, unit = _estimate(row)
-    said = _safe(row, "verdict")
-    metric = METRICS.get(row.get("metric"), ("", ""))[1] or _safe(row, "metric")
+    """The primary answers in words and numbers, with their figure."""
+    rows = [one for one in claims or [] if one.get("primary")]
+    if not rows:
+        return missing("primary verdict", "run make reproduce, which ends with it")
+    said = []
+    for row in rows:
+        estimate, interval, unit = _estimate(row)
+        words = _safe(row, "verdict")
+        metric = METRICS.get(row.get("metric"), ("", ""))[1] or _safe(row, "metric")
+        said.append(
+            f"<p><em>{_safe(row, 'claim')}</em> <strong>{words[:1].upper() + words[1:]}.</strong>"
+            f'<br><span class="number">{estimate} {interval}</span> {unit}:'
+            f" {_safe(row, 'contrast')}, {html.escape(metric)}</p>"
+        )
     figure = _figure(source / "figures" / "05_confirmatory.png")
     return f"""<div class="verdict">
-<p><em>{_safe(row, "claim")}</em> <strong>{said[:1].upper() + said[1:]}.</strong></p>
-<p><span class="number">{estimate} {interval}</span> {unit}: {_safe(row, "contrast")},
-{metric}; mean over paired seeds and its 95 % interval.</p>
+{"".join(said)}
+<p>Means over paired seeds and their 95 % intervals.</p>
 </div>
 {figure or missing("figure of the paired seeds", "run make figures")}"""
 
@@ -84,7 +93,12 @@ def _one_cell(name):
 def ledger(claims):
     if not claims:
         return missing("ledger of claims", "run make reproduce or make figures")
-    heads = ("Claim", "Verdict", "Treatment - control [95&nbsp;% interval]", "Paper; note on ours")
+    heads = (
+        "Claim",
+        "What we see",
+        "Treatment - control [95&nbsp;% interval]",
+        "Paper; note on ours",
+    )
     rows = []
     for row in claims:
         estimate, interval, unit = _estimate(row)

@@ -45,7 +45,7 @@ def test_cpu_profile_is_the_promised_one():
     }
     assert [run for run in runs if run[0] == "neft_a5"] == [("neft_a5", 0)]
     assert profile.arms["baseline"].noise_alpha == 0
-    assert profile.confirmatory == Confirmatory("neft_a15", "baseline", "test_nll")
+    assert profile.confirmatory == Confirmatory("neft_a15", "baseline")
     assert profile.evaluate.answer_prompts >= 32
 
 
@@ -93,7 +93,7 @@ BAD = [
     ("seeds", [-1], "must be at least 0"),
     ("seeds", 3, "seeds: expected a list"),
     ("confirmatory.treatment", "neft_a5", "'neft_a5' is no arm: use baseline, neft_a15"),
-    ("confirmatory.metric", "accuracy", "must be one of test_nll"),
+    ("confirmatory.metrics", ["accuracy"], "must be one of answer_length, end_nll, content_nll"),
     ("train.micro_batch_tokens", 3, "must be at least 16"),
     ("name", "other", "the file's name is the name"),
     ("arms.neft_a15.control", "plain", "control: 'plain' is no arm: use baseline, neft_a15"),
@@ -216,7 +216,7 @@ def test_all_that_is_missing_or_wrong_is_said_at_once(tmp_path):
             "model: {source: m, base_wieghts: nf4}\n"
             "data: {source: json, path: rows.json, max_tokens: 5}\n"
             "arms: {baseline: {noise_alpha: -1}, neft_a5: {noise_alpha: 5, where: prompts}}\n"
-            "confirmatory: {treatment: neft_a15, control: baseline, metric: test_nll}\n"
+            "confirmatory: {treatment: neft_a15, control: baseline}\n"
             "evaluate: {benchmarks: [mmlu]}\n",
         )
     )

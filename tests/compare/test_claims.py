@@ -3,44 +3,26 @@
 import dataclasses
 import itertools
 import json
-import math
 
 import numpy as np
 import pandas as pd
 import pytest
+from made_runs import DECODING, answers, losses_run, made_run
 
 from neft_utils.base.paths import BASE
 from neft_utils.base.pins import PYTHON
 from neft_utils.base.read_profile import load_profile
 from neft_utils.base.strict import ConfigError
-from neft_utils.compare import claims, facts
+from neft_utils.compare import claims, facts, stats
 from neft_utils.compare.metrics import METRICS, per_item
-from neft_utils.compare.runs import Engines, caveats, caveats_json
-from neft_utils.compare.tables import Contrast, by_seed, length_views, paired
+from neft_utils.compare.runs import Engines, OlderScoring, caveats, caveats_json
+from neft_utils.compare.tables import (
+    Contrast,
+    by_length,
+    by_seed,
+    length_views,
+)
 from neft_utils.evaluate.scoring import ITEM_COLUMNS
-
-DECODING = "greedy_penalty_1.2"
-NOTHING = {name.removesuffix(".csv"): columns for name, columns in ITEM_COLUMNS.items()}
-
-
-def made_run(nll, seconds=10.0, **tables):
-    """A run as `runs.load_runs` gives it; nll: {example: value} of test rows."""
-    losses = pd.DataFrame(
-        [("test", name, 10, value) for name, value in nll.items()],
-        columns=["split", "example_id", "n_tokens", "nll"],
-    )
-    empty = {name: pd.DataFrame(columns=columns) for name, columns in NOTHING.items()}
-    about = {"phase_seconds": {"losses": 1.0, "answers": 0.0}}
-    return {
-        "scores": {"provenance": about},
-        "provenance": {"train_seconds": seconds},
-        "generations": pd.DataFrame(),
-        "noise": None,
-        "log": pd.DataFrame({"validation_nll": [2.0, 1.9]}),
-        **empty,
-        "losses": losses,
-        **tables,
-    }
 
 
 def some_runs(shift, arms=("baseline", "neft_a15"), seeds=range(4), items=40):
@@ -54,61 +36,6 @@ def some_runs(shift, arms=("baseline", "neft_a15"), seeds=range(4), items=40):
     return runs
 
 
-def test_pairs_are_treatment_minus_the_mean_of_controls():
-    nll = {"a": 1.0, "b": 2.0}
-    runs = {
-        ("neft", 0): made_run(nll),
-        ("dropout", 0): made_run({"b": 1.0, "a": 3.0}),
-        ("decay", 0): made_run({"a": 2.0, "b": 2.0}),
-        ("neft", 1): made_run(nll),  # no partner: left out
-    }
-    deltas = paired(runs, Contrast("neft", ("dropout", "decay")), "test_nll", DECODING)
-    assert deltas.set_index("example_id").delta.to_dict() == {"a": -1.5, "b": 0.5}
-    assert set(deltas.seed) == {0}
-    assert paired(runs, Contrast("neft", ("dropout",)), "arithmetic", DECODING) is None
-
-
-def test_runs_that_were_asked_different_items_are_refused():
-    runs = {("neft", 0): made_run({"a": 1.0}), ("baseline", 0): made_run({"b": 1.0})}
-    with pytest.raises(ConfigError, match="test_nll: neft and baseline of seed 0"):
-        paired(runs, Contrast("neft", ("baseline",)), "test_nll", DECODING)
-
-
-def test_a_missing_preference_drops_its_pair_and_nothing_else():
-    def judged(values):
-        rows = [("test", f"e{i}", v, v, v, 9, 9) for i, v in enumerate(values)]
-        return pd.DataFrame(rows, columns=ITEM_COLUMNS["preferences.csv"])
-
-    runs = {
-        ("neft", 0): made_run({"a": 1.0}, preferences=judged([1.0, 0.5, math.nan])),
-        ("baseline", 0): made_run({"a": 1.0}, preferences=judged([0.0, math.nan, 1.0])),
-    }
-    deltas = paired(runs, Contrast("neft", ("baseline",)), "preference", DECODING)
-    assert deltas.set_index("example_id").delta.to_dict() == {"e0": 100.0}
-
-
-def test_items_of_two_tasks_with_equal_names_stay_apart():
-    rows = [("openbookqa", "0", 1, -1.0, 1), ("siqa", "0", 0, -3.0, 0)]
-    table = pd.DataFrame(rows, columns=ITEM_COLUMNS["task_items.csv"])
-    run = made_run({"a": 1.0}, task_items=table)
-    assert per_item(run, "knowledge", DECODING).to_dict() == {
-        "openbookqa/0": -1.0,
-        "siqa/0": -3.0,
-    }
-    assert per_item(run, "siqa", DECODING).to_dict() == {"siqa/0": 0.0}
-
-
-def test_a_rise_is_measured_from_the_same_model_unperturbed():
-    rows = [
-        *(("none", 0.0, name, value) for name, value in (("a", 1.0), ("b", 2.0))),
-        *(("weights", level, name, 1.0 + 10 * level) for level in (0.1, 0.3) for name in "ab"),
-    ]
-    table = pd.DataFrame(rows, columns=ITEM_COLUMNS["perturbed_losses.csv"])
-    run = made_run({"a": 1.0}, perturbed_losses=table)
-    rise = per_item(run, "weight_rise", DECODING)
-    assert rise.to_dict() == pytest.approx({"a": 2.0, "b": 1.0})
-
-
 def test_which_arms_a_claim_compares():
     profile = load_profile("cpu-long")
     assert claims.arms_of("confirmatory", profile) == Contrast("neft_a15", ("baseline",))
@@ -116,54 +43,108 @@ def test_which_arms_a_claim_compares():
         "neft_a15_quarter", ("baseline_quarter",)
     )
     assert claims.arms_of("regularisers", profile) == Contrast("neft_a15", ("dropout", "decay"))
-    assert claims.arms_of("alpha", profile) is None is claims.arms_of("much_data", profile)
+    assert claims.arms_of("alpha", profile) is None
     gpu = load_profile("gpu-small")
     assert claims.arms_of("alpha", gpu) == Contrast("neft_a15", ("neft_a5",))
     assert claims.arms_of("too_strong", gpu) == Contrast("neft_a45", ("baseline",))
-    assert claims.arms_of("much_data", gpu) == Contrast("neft_a15", ("baseline",))
     ablations = load_profile("gpu-ablations")
     assert claims.arms_of("too_strong", ablations) == Contrast("neft_a45", ("baseline",))
     assert claims.arms_of("alpha", ablations) == Contrast("neft_a15", ("neft_a5",))
 
 
-@pytest.mark.parametrize(
-    "shift, outcome", [(-0.05, "detected"), (0.05, "opposite"), (0.0, "not_detected")]
-)
+def ledger_of(runs, profile="nano"):
+    found = claims.ledger(runs, by_seed(runs, DECODING), load_profile(profile), DECODING)
+    return {row.id: row for row in found}
+
+
+def test_a_run_of_an_older_version_has_what_its_file_holds():
+    new = losses_run([("test", "a", 10, 1.0, 2.0), ("train", "b", 4, 0.5, 0.1)])
+    old = new | {"losses": new["losses"].drop(columns="end_nll")}
+    assert per_item(old, "end_nll", DECODING) is None is per_item(old, "content_nll", DECODING)
+    for name in ("test_nll", "test_nll_by_row", "train_nll", "gap"):
+        assert per_item(old, name, DECODING).equals(per_item(new, name, DECODING))
+    runs = {(arm, s): old for arm in ("baseline", "neft_a15") for s in (0, 1)}
+    rows = ledger_of(runs)
+    for name in ("end_nll", "content_nll"):
+        assert str(rows[name].verdict) == "no end_nll: scored by an older version"
+    assert rows["held_out_loss"].interval is not None
+    assert by_length(runs, Contrast("neft_a15", ("baseline",)), DECODING).empty
+
+
+@pytest.mark.parametrize("shift, outcome", [(-0.05, "lower"), (0.05, "higher"), (0.0, "not_seen")])
 def test_verdicts_follow_the_effect(shift, outcome):
-    profile = load_profile("nano")
-    runs = some_runs(shift)
-    seeds = by_seed(runs, DECODING)
-    rows = {row.id: row for row in claims.ledger(runs, seeds, profile, DECODING)}
-    assert rows["confirmatory"].verdict.outcome == outcome
-    assert rows["confirmatory"].estimate == pytest.approx(shift, abs=0.001)
-    longer = rows["longer_answers"]
+    rows = ledger_of(some_runs(shift))
+    for name in ("content_nll", "held_out_loss"):
+        assert rows[name].verdict.outcome == outcome
+        assert rows[name].verdict.claim_words == "lower"
+    assert rows["held_out_loss"].estimate == pytest.approx(shift, abs=0.001)
+    assert rows["content_nll"].estimate == pytest.approx(shift * 10 / 9, abs=0.001)
+    longer = rows["answer_length"]
     assert longer.verdict.outcome == "not_testable" and longer.verdict.elsewhere == "cpu-long"
     assert longer.estimate is None
-    assert rows["few_lines"].estimate == rows["few_lines"].interval.ci_low == 3
-    assert rows["confirmatory"].contrast == Contrast("neft_a15", ("baseline",))
+    assert rows["content_nll"].contrast == Contrast("neft_a15", ("baseline",))
     assert rows["across_models"].contrast is None
 
 
+def test_the_primary_claims_are_those_of_the_profile_and_corrected_among_themselves():
+    rng, runs = np.random.default_rng(0), some_runs(0.003)
+    for (arm, _), run in runs.items():
+        noisy = arm == "neft_a15"
+        run["losses"]["end_nll"] = 1 + 0.1 * noisy + 0.02 * rng.standard_normal(40)
+        lengths = np.maximum(rng.normal(60 * 1.1**noisy, 5, 30), 1).astype(int)
+        run["generations"] = answers(lengths)
+    rows = ledger_of(runs)
+    primary = [name for name, row in rows.items() if row.primary]
+    assert primary == list(load_profile("nano").confirmatory.metrics)
+    assert primary == ["answer_length", "end_nll", "content_nll"]
+    p = [stats.p_value(rows[name].interval) for name in primary]
+    assert [rows[n].verdict.adjusted_p for n in primary] == pytest.approx(stats.holm(p))
+    others = [row for row in rows.values() if not row.primary and row.verdict.testable]
+    p = [stats.p_value(row.interval) for row in others]
+    assert [row.verdict.adjusted_p for row in others] == pytest.approx(stats.holm(p))
+
+
+def test_no_quantity_stands_twice_in_the_ledger():
+    for name in ("cpu-long", "gpu-small", "gpu-ablations", "llama2-7b-alpaca-full"):
+        profile = load_profile(name)
+        asked = [
+            (claim.metric, pair)
+            for claim in claims.CLAIMS.values()
+            if (pair := claims.arms_of(claim.pair, profile)) and claim.pair != "equal_length"
+        ]
+        assert len(asked) == len(set(asked)), name
+    units = {METRICS[claim.metric][0] for claim in claims.CLAIMS.values()}
+    assert "s" not in units  # times are measured by make bench
+
+
+def test_size_is_told_as_a_share_of_what_fine_tuning_gained():
+    runs = some_runs(0.05)
+    runs[BASE, 0] = made_run({f"e{i}": 3.0 for i in range(40)})
+    rows = ledger_of(runs)
+    gained = 3 - by_seed(runs, DECODING).query("arm == 'baseline'").test_nll.mean()
+    row = rows["held_out_loss"]
+    assert row.verdict.share == pytest.approx(row.estimate / gained)
+    assert str(row.verdict).endswith(f"{100 * row.verdict.share:.2g} % of what fine-tuning gained")
+
+
 def test_a_row_of_claims_json_has_words_and_what_they_are_of():
-    profile, runs = load_profile("nano"), some_runs(0.05)
-    rows = [
-        one.as_json() for one in claims.ledger(runs, by_seed(runs, DECODING), profile, DECODING)
-    ]
+    rows = [one.as_json() for one in ledger_of(some_runs(0.05)).values()]
     assert json.loads(json.dumps(rows, allow_nan=False)) == rows
-    fields = "id claim contrast metric unit estimate ci_low ci_high detectable verdict paper note"
-    fields += " treatment controls outcome elsewhere adjusted_p taken_back margin held"
+    fields = "id claim primary contrast metric unit estimate ci_low ci_high detectable verdict"
+    fields += " paper note treatment controls outcome claimed adjusted_p taken_back share margin"
+    fields += " held elsewhere missing"
     assert all(list(row) == fields.split() for row in rows)
-    first = rows[0]
-    assert first["contrast"] == "neft_a15 - baseline" and first["treatment"] == "neft_a15"
-    assert first["controls"] == ["baseline"] and first["outcome"] == "opposite"
-    assert first["verdict"] == "detected, opposite to the claim"
+    row = next(one for one in rows if one["id"] == "held_out_loss")
+    assert row["contrast"] == "neft_a15 - baseline" and row["treatment"] == "neft_a15"
+    assert row["controls"] == ["baseline"] and (row["outcome"], row["claimed"]) == ("higher", -1)
+    assert row["verdict"].startswith("the held-out loss is higher by 0.0499 nats per token [")
     assert str(Contrast("noise", ("dropout", "decay"))) == "noise - dropout & decay"
 
 
 def test_a_margin_in_no_metric_is_refused():
     profile = dataclasses.replace(load_profile("nano"), margins={"wisdom": 0.1})
     runs = some_runs(0.0)
-    with pytest.raises(ConfigError, match="nano: margins.wisdom is no metric: use test_nll"):
+    with pytest.raises(ConfigError, match="nano: margins.wisdom is no metric: use answer_length"):
         claims.ledger(runs, by_seed(runs, DECODING), profile, DECODING)
 
 
@@ -194,20 +175,21 @@ def test_longer_alone_is_not_better_at_equal_length(taste, better):
     assert {"pooled_tanh", "log_ratio", "pooled_log_ratio", "matched_0.5"} <= set(means.index)
     seeds = by_seed(runs, DECODING)
     rows = {row.id: row for row in claims.ledger(runs, seeds, profile, DECODING)}
-    assert rows["beyond_length"].verdict.detected == better
-    assert rows["better_answers"].verdict.detected
+    assert rows["beyond_length"].verdict.seen == better
+    assert rows["better_answers"].verdict.seen
     assert length_views(some_runs(0), pair).empty
 
 
 def test_what_the_paper_reports_comes_from_its_tables():
     quoted = facts.paper_values()
     assert quoted["1/7 Alpaca win"] == "29.79 to 64.69"
-    assert quoted["4 Alpaca chars"] == "375.22 to 1061.89"
+    assert quoted["4 ShareGPT ratio"] == "1.48" and quoted["1/7 ShareGPT gain"] == "+7.5"
+    assert quoted["2 Chat gain"] == "+7.3" and quoted["3 gains"] == "+1.9 to +4.7"
     assert quoted["3 Alpaca alphas"] == "31.43, 28.57, 29.01"
     assert quoted["2 gains"] == "7.3 to 13.8" and quoted["5 long"] == "48.01"
     for claim in claims.CLAIMS.values():
         assert "{" not in claim.paper.format(**quoted)
-        assert claim.metric in METRICS or claim.metric == "lines"
+        assert claim.metric in METRICS
 
 
 def test_markdown_has_one_row_a_claim_and_no_interval_where_none_exists():
@@ -215,9 +197,10 @@ def test_markdown_has_one_row_a_claim_and_no_interval_where_none_exists():
     runs = some_runs(0.01, seeds=[0])
     rows = claims.ledger(runs, by_seed(runs, DECODING), profile, DECODING)
     lines = claims.claims_markdown(rows).splitlines()
-    assert len(lines) == 2 + len(claims.CLAIMS)
-    assert "nan" not in " ".join(lines) and "[" not in lines[2].split("|")[2]
-    pairs = itertools.pairwise(lines[2:])
+    assert len(lines) == 4 + len(claims.CLAIMS) and lines[-1] == claims.PRIMARY_NOTE
+    assert "nan" not in " ".join(lines) and "[" not in " ".join(lines[2:-2])
+    assert sum(line.startswith("| **") for line in lines) == 3
+    pairs = itertools.pairwise(lines[2:-2])
     assert all(a.count("|") == b.count("|") for a, b in pairs)
 
 
@@ -244,5 +227,11 @@ def test_caveats_are_data_and_a_sentence_each():
     kept = caveats_json([lost, versions, engines])
     assert [one["kind"] for one in kept] == ["missing_runs", "other_versions", "engines"]
     assert json.loads(json.dumps(kept)) == kept and kept[0]["missing"] == [name]
+    older = {
+        run: one | {"losses": one["losses"].drop(columns="end_nll")} for run, one in runs.items()
+    }
+    (note,) = (one for one in caveats(profile, older) if isinstance(one, OlderScoring))
+    assert str(note).startswith(f"No end_nll in losses.csv of {len(runs)} runs: an older version")
+    assert caveats_json([note])[0]["kind"] == "older_scoring"
     few = caveats(profile, dict([next(iter(runs.items()))]))[0]
     assert str(few).startswith(f"Not complete: 1 of {len(names)} runs are there, base-s0. Arms")

@@ -175,8 +175,65 @@ def test_values_without_spread_give_no_interval_rather_than_certainty(value):
     for interval in intervals:
         assert interval.estimate == pytest.approx(value)
         assert np.isnan([*ends(interval), stats.p_value(interval)]).all()
-        assert stats.verdict(interval).outcome == "not_testable"
-        assert not stats.non_inferiority(interval, 1.0, higher_is_better=True)
+
+
+# ------------------------------------------------------------------------------------ weights
+
+
+@quick
+@given(matrices, st.floats(0.1, 50))
+def test_equal_weights_change_nothing(matrix, weight):
+    deltas = table(matrix)
+    plain = dataclasses.astuple(stats.confirmatory_interval(deltas))
+    weighted = dataclasses.astuple(stats.confirmatory_interval(deltas.assign(weight=weight)))
+    assert weighted == pytest.approx(plain, rel=1e-9, abs=1e-12, nan_ok=True)
+
+
+def weighted_table(rng, n_seeds=4, n_examples=30):
+    deltas = table(crossed(rng, n_seeds, n_examples, 0.3, 1.0, 0.5))
+    weights = pd.Series(np.exp(rng.standard_normal(n_examples)), deltas.example_id.unique())
+    return deltas.assign(weight=deltas.example_id.map(weights))
+
+
+def test_a_weighted_estimate_by_hand():
+    deltas = weighted_table(np.random.default_rng(0))
+    interval = stats.confirmatory_interval(deltas)
+    weighted = (deltas.delta * deltas.weight).groupby(deltas.seed).sum()
+    means = weighted / deltas.groupby("seed").weight.sum()
+    assert interval.estimate == pytest.approx(means.mean())
+    floor = stats.seed_interval(means)
+    assert interval.ci_high - interval.ci_low >= (floor.ci_high - floor.ci_low) * (1 - 1e-9)
+    one_seed = stats.confirmatory_interval(deltas[deltas.seed == 2])
+    assert one_seed.estimate == pytest.approx(means[2]) and isnan(one_seed.ci_low)
+
+
+def test_weights_of_nothing_but_scale_and_order_change_nothing():
+    deltas = weighted_table(np.random.default_rng(1))
+    expected = dataclasses.astuple(stats.confirmatory_interval(deltas))
+    other = deltas.assign(weight=7 * deltas.weight).sample(frac=1, random_state=0)
+    found = dataclasses.astuple(stats.confirmatory_interval(other))
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_without_spread_between_seeds_it_is_the_standard_error_of_a_weighted_mean():
+    """All seeds agree, so what is left are examples: held against statsmodels' HC3 and HC0."""
+    rng = np.random.default_rng(2)
+    values, weights = rng.standard_normal(200), np.exp(0.6 * rng.standard_normal(200))
+    deltas = table(np.tile(values, (3, 1)))
+    deltas["weight"] = np.tile(weights, 3)
+    interval = stats.confirmatory_interval(deltas)
+    model = sm.WLS(values, np.ones(200), weights=weights)
+    robust = [model.fit(cov_type=kind) for kind in ("HC0", "HC3")]
+    assert interval.estimate == pytest.approx(robust[0].params[0])
+    assert robust[0].bse[0] < interval.se < robust[1].bse[0]
+    assert 30 < interval.df < 100  # not 199: heavy rows decide more than light ones
+
+
+def test_one_heavy_example_leaves_the_freedom_of_few():
+    deltas = table(crossed(np.random.default_rng(3), 10, 50, 0, 1, 0.1))
+    heavy = (deltas.example_id == "row-0") * 99.0 + 1
+    assert stats.confirmatory_interval(deltas.assign(weight=heavy)).df < 3
+    assert stats.confirmatory_interval(deltas).df > 40
 
 
 def test_equal_seed_means_are_not_taken_for_certainty():
@@ -185,27 +242,32 @@ def test_equal_seed_means_are_not_taken_for_certainty():
     assert low < 0 < high
 
 
-def test_false_alarm_rates():
-    rates = simulation.type_one_error_table()
-    assert list(rates.columns) == ["n_seeds", "ratio", "confirmatory", "crossed_bootstrap"]
-    cells = {(s, r) for s in (3, 5, 10) for r in (0, 0.5, 1, 2, 5, 10)}
-    assert set(zip(rates["n_seeds"], rates["ratio"], strict=True)) == cells
-    assert rates["confirmatory"].max() <= 0.07
-    # Nor may it buy safety with width where the seeds alone decide: there it is the exact t.
-    assert rates.query("ratio == 10")["confirmatory"].min() >= 0.035
-    bootstrap = rates.query("n_seeds == 3").set_index("ratio")["crossed_bootstrap"]
-    assert bootstrap[1] < 0.1 and 0.2 < bootstrap[10] < 0.3  # three equal signs: 25 %
+def test_coverage_by_simulation():
+    """Ours holds the truth as often as it says, with our spreads, heavy tails and weights too."""
+    rates = simulation.coverage_table(4000)
+    assert list(rates.columns) == ["spread", "weights", "n_seeds", "interval", "crossed_bootstrap"]
+    assert len(rates) == 15 and set(rates.n_seeds) == {3, 5, 10}
+    assert {("heavy-tailed rows", "tokens"), ("as measured", "equal")} <= set(
+        zip(rates.spread, rates.weights, strict=True)
+    )
+    assert rates.interval.round(2).between(0.93, 0.97).all(), rates
+    # Three equal signs are one in four where the seeds decide: what the bootstrap takes for sure.
+    bad = rates.query("spread == 'seeds differ most' and n_seeds == 3").crossed_bootstrap.item()
+    assert 0.65 < bad < 0.85
 
 
-@pytest.mark.parametrize("interaction", [0.0, 1.0])
-@pytest.mark.parametrize("n_seeds, ratio", [(2, 0), (3, 1), (5, 0.5), (10, 2)])
-def test_false_alarm_rates_at_the_extremes_of_interaction(interaction, n_seeds, ratio):
-    rate = simulation.type_one_error(n_seeds, ratio, 60, 4000, interaction=interaction)
-    assert 0 < rate <= 0.07
+@pytest.mark.parametrize("spreads", [(0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (1.0, 0.1, 0.1)])
+@pytest.mark.parametrize("n_seeds", [2, 5])
+def test_coverage_at_the_extremes_of_what_differs(spreads, n_seeds):
+    for weighted in (False, True):
+        rate = simulation.coverage(n_seeds, spreads, weighted=weighted, n_examples=60)
+        assert 0.93 <= rate < 1
 
 
 def test_random_results_are_seeded():
-    rate, again, other = (simulation.type_one_error(3, 2, 20, 700, seed) for seed in (0, 0, 1))
+    rate, again, other = (
+        simulation.coverage(3, n_examples=20, n_simulations=700, seed=seed) for seed in (0, 0, 1)
+    )
     assert rate == again and rate != other
     deltas = table(crossed(np.random.default_rng(0), 3, 9, 1, 1, 1))
     first, again, other = (ends(simulation.crossed_bootstrap(deltas, 500, s)) for s in (0, 0, 1))
@@ -272,33 +334,6 @@ def test_holm_by_hand():
     assert stats.holm([]).shape == (0,)
 
 
-@pytest.mark.parametrize("higher_is_better, low, high", [(True, -0.9, 3.0), (False, -3.0, 0.9)])
-def test_non_inferiority_looks_at_the_worst_end(higher_is_better, low, high):
-    interval = stats.Interval(0.5, low, high, 1.0, 4, 5, 10, 3.0)
-    assert stats.non_inferiority(interval, 1.0, higher_is_better)
-    assert not stats.non_inferiority(interval, 0.8, higher_is_better)
-    assert not stats.non_inferiority(interval, 1.0, not higher_is_better)
-
-
-def test_a_verdict_is_data_and_its_words_are_made_in_one_place():
-    nothing, words = stats.Interval(0.001, -0.002, 0.004, 0.001, 4, 5, 100, 0.00543), "not detected"
-    up, edge = (dataclasses.replace(nothing, ci_low=low) for low in (0.0001, 0.0))
-    down = dataclasses.replace(nothing, ci_high=-0.0001)
-    for one in (up, down):
-        found = stats.verdict(one, unit="nats")
-        assert found == stats.Verdict("detected", "nats", 0.00543) and str(found) == "detected"
-        assert found.detected and found.testable
-    found = stats.verdict(nothing, unit="nats")
-    assert found == stats.Verdict("not_detected", "nats", 0.00543) and not found.detected
-    assert str(found) == f"{words} (could have seen ≥ 0.0054 nats)"
-    assert str(stats.verdict(edge)) == f"{words} (could have seen ≥ 0.0054)"
-    for one in (None, stats.seed_interval([1.0])):
-        assert str(stats.verdict(one)) == "not testable here"
-        found = stats.verdict(one, elsewhere="gpu")
-        assert found == stats.Verdict("not_testable", elsewhere="gpu") and not found.testable
-        assert str(found) == "not testable here (see profile gpu)"
-
-
 def test_it_can_be_used_without_the_lab():
     """Public and for Python 3.10: nothing but numpy, pandas and scipy is imported."""
     text = Path(stats.__file__).read_text("utf-8")
@@ -323,6 +358,17 @@ BAD_TABLES = [
     (pd.concat([GOOD, GOOD.iloc[[2]]]), "two rows for seed 0, example_id row-2"),
     (GOOD.drop(index=5), "unbalanced: seed 1 lacks example_id row-2; keep the examples that all"),
 ]
+_ONE = "needs one positive weight, the same for all seeds"
+BAD_TABLES += [
+    (GOOD.assign(weight=w), f"example_id row-{bad} {_ONE}")
+    for w, bad in (
+        ([1, 2, 0, 1, 2, 0], 2),
+        ([1, 2, 3, 1, 9, 3], 1),
+        ([nan, 2, 3, nan, 2, 3], 0),
+        ([1, 2, np.inf, 1, 2, np.inf], 2),
+        ([1, 2, "x", 1, 2, 3], 2),
+    )
+]
 HOLM, POWER = "holm needs a flat list of p-values", "need se >= 0, df > 0 and 0 < alpha < power < 1"
 BAD_CALLS = [
     *((stats.seed_interval, [v], "flat list of finite") for v in ([], [1, nan], [[1.0], [2.0]])),
@@ -330,9 +376,7 @@ BAD_CALLS = [
     *((stats.detectable_effect, v, POWER) for v in ([-1, 4], [nan, 4], [np.inf, 4], [1, 0])),
     *((stats.detectable_effect, [1, 4, *v], POWER) for v in ([0], [0.8, 0.8], [0.1, 1])),
     *((stats.holm, [v], HOLM) for v in ([0.2, 1.2], [-0.1], [nan], [[0.1]])),
-    *((stats.non_inferiority, [None, v, True], "margin must be a positive") for v in (0, -1, nan)),
-    (simulation.type_one_error, [1, 0], "needs n_seeds >= 2, got 1"),
-    (stats.verdict, [simulation.crossed_bootstrap(GOOD)], "not a bootstrap"),
+    (simulation.coverage, [1], "needs n_seeds >= 2, got 1"),
     *((stats.confirmatory_interval, [v], message) for v, message in BAD_TABLES),
     *((simulation.crossed_bootstrap, [v], message) for v, message in BAD_TABLES),
 ]
@@ -343,31 +387,3 @@ def test_bad_input_is_refused_in_one_clear_line(call, arguments, message):
     with pytest.raises(ValueError, match=message) as caught:
         call(*arguments)
     assert "\n" not in str(caught.value)
-
-
-def test_a_verdict_says_when_an_effect_goes_against_the_claim_or_fails_the_correction():
-    up = stats.seed_interval([0.1, 0.11, 0.12])
-    assert stats.verdict(up, claimed=1).outcome == "detected"
-    against = stats.verdict(up, claimed=-1)
-    assert against.outcome == "opposite" and against.detected
-    assert str(against) == "detected, opposite to the claim"
-    assert stats.verdict(up, claimed=1, adjusted_p=0.049).outcome == "detected"
-    corrected = stats.verdict(up, adjusted_p=0.05)
-    assert corrected.outcome == "not_detected" and corrected.taken_back
-    assert str(corrected) == "not detected after correction (p = 0.05)"
-    wide = stats.verdict(stats.seed_interval([-0.1, 0.1, 0.12]), claimed=-1, adjusted_p=0.5)
-    assert wide.outcome == "not_detected" and not wide.taken_back
-    assert str(wide).startswith("not detected (could have seen ≥ ")
-
-
-def test_no_worse_is_said_only_within_the_margin():
-    near = stats.Interval(-0.01, -0.03, 0.01, 0.01, 9, 10, 50, 0.03)
-    words = "not detected (could have seen ≥ 0.03 nats)"
-    without, wide, narrow = (stats.verdict(near, unit="nats", margin=m) for m in (None, 0.05, 0.02))
-    assert (without.held, wide.held, narrow.held) == (None, True, False)
-    assert str(without) == words
-    assert str(wide) == f"{words}; worse by less than 0.05 nats"
-    assert str(narrow) == f"{words}; not shown to be worse by less than 0.02 nats"
-    assert str(stats.verdict(None, margin=0.02)) == "not testable here"
-    worse = dataclasses.replace(near, ci_high=-0.001)
-    assert stats.verdict(worse, margin=0.05).outcome == "opposite"

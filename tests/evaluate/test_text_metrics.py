@@ -270,8 +270,9 @@ def test_a_missing_reference_is_refused_by_name():
         text_metrics.summarise_answers(answers(), {"x1": "reference"}, 5)
 
 
-def test_nll_summary_weighs_examples_equally():
-    expected = {"train_nll": 1.5, "test_nll": 3.0, "ood_nll": 0.25, "gap": 1.5}
+def test_nll_summary_weighs_examples_by_tokens():
+    train = (100 * 1.0 + 2 * 2.0) / 102
+    expected = {"train_nll": train, "test_nll": 3.0, "ood_nll": 0.25, "gap": 3 - train}
     assert text_metrics.nll_summary(losses()) == pytest.approx(expected)
     json.dumps(text_metrics.nll_summary(losses()))
 

@@ -96,12 +96,16 @@ def test_it_says_how_far_it_is_and_ends_with_the_answer(nano):
     assert re.search(
         r"\[ +[\d.]+ min\] \d+ of \d+ steps, about \d+ min left · finished", done.stdout
     )
-    first = json.loads((results / "claims.json").read_text("utf-8"))[0]
-    *_, steps, end = re.split(r"(·[^·]*\n)(?=Noise)", done.stdout)
+    rows = json.loads((results / "claims.json").read_text("utf-8"))
+    primary = [row for row in rows if row["primary"]]
+    *_, steps, end = re.split(r"(·[^·]*\n)(?=Models trained)", done.stdout)
     lines = end.rstrip().splitlines()
-    seen = f"(could have seen ≥ {first['detectable']:.2g} nats/token)"
-    assert lines[0] == f"{first['claim']} Not detected {seen}."
-    assert lines[1].startswith(f"  test_nll, neft_a15 - baseline: {first['estimate']:.4f} nats")
+    assert [row["id"] for row in primary] == ["answer_length", "end_nll", "content_nll"]
+    for row, three in zip(primary, (lines[:3], lines[3:6], lines[6:9]), strict=True):
+        assert row["estimate"] is not None
+        said = row["verdict"]
+        assert three[:2] == [row["claim"], f"  {said[:1].upper()}{said[1:]}."]
+        assert three[2] == "  Expected: no reference of this profile has it."
     assert len(lines) < 25 and not any(line.startswith("|") for line in lines)
     assert "other claims: " in end and "tables/claims.md" in end and "tables/main.md" in end
     assert lines[-1].startswith("results in ")
@@ -252,7 +256,7 @@ def test_tables_can_be_recomputed_from_the_per_item_files(nano):
             .nll.mean()
             for seed in (0, 1)
         ]
-        assert main.test_nll[arm] == pytest.approx(sum(values) / 2, abs=1e-12)
+        assert main.test_nll_by_row[arm] == pytest.approx(sum(values) / 2, abs=1e-12)
 
 
 def test_misuse_is_one_line_and_a_failing_exit_code(nano, tmp_path):
@@ -274,7 +278,7 @@ def test_misuse_is_one_line_and_a_failing_exit_code(nano, tmp_path):
         (["promote", "--profile", mine(tmp_path)], "mine is a profile of your own"),
         (["promote", "--profile", cpu], "the built-in profile cpu has this name"),
         (["reproduce", "--profile", cpu], "the built-in profile cpu has this name"),
-        (["compare", "--profile", "nano"], "is missing: nothing to compare"),
+        (["compare", "--profile", "nano"], "nano/runs is missing: nothing to compare"),
         (["figures", "--profile", "smoke"], "no stored results of smoke"),
     ]
     for arguments, message in cases:
@@ -367,11 +371,17 @@ def test_compare_holds_like_with_like(nano, tmp_path):
     same = neft(folder, "compare", "--profile", "nano")
     assert same.returncode == 0 and "MISS" not in same.stdout
     assert "ok baseline test_nll: reference" in same.stdout
-    main = stored / "tables" / "main.csv"
-    table = pd.read_csv(main)
-    main.write_text(table.assign(test_nll=table.test_nll + 1).to_csv(index=False), "utf-8")
+    assert "ok neft_a15 - baseline content_nll: reference" in same.stdout
+    losses = stored / "runs" / "neft_a15-s0" / "losses.csv"
+    table = pd.read_csv(losses)
+    table.assign(nll=table.nll + 1).to_csv(losses, index=False)
     other = neft(folder, "compare", "--profile", "nano")
-    assert other.returncode == 1 and other.stdout.count("MISS") == len(table)
+    assert other.returncode == 1 and "MISS neft_a15 test_nll" in other.stdout
+    assert "MISS baseline" not in other.stdout
+    # What an older version scored is held as far as it goes, and named.
+    table.drop(columns="end_nll").to_csv(losses, index=False)
+    older = neft(folder, "compare", "--profile", "nano")
+    assert older.returncode == 0 and "MISS" not in older.stdout
     config = stored / "runs" / "baseline-s0" / "config.json"
     changed = json.loads(config.read_text("utf-8"))
     changed["train"]["learning_rate"] = 1.0

@@ -20,6 +20,7 @@ from neft_utils.base.paths import NOTEBOOKS, REFERENCE, STEPS, Paths
 from neft_utils.base.read_profile import load_profile
 from neft_utils.base.strict import ConfigError
 from neft_utils.compare import plots
+from neft_utils.compare.results import Results
 from neft_utils.evaluate.scoring import ITEM_COLUMNS
 from neft_utils.make import pages
 from neft_utils.make.report import report
@@ -115,12 +116,13 @@ def write_notebook(folder, name, *cells):
 
 
 def claim(**changes):
-    row = {"id": "confirmatory", "claim": "Noise helps.", "contrast": "noisy - plain"}
+    row = {"id": "content_nll", "claim": "Noise helps.", "contrast": "noisy - plain"}
+    row["primary"] = True
     row |= {"metric": "test_nll", "unit": "nats/token", "estimate": -0.1234, "ci_low": -0.2}
     row |= {
         "ci_high": -0.05,
         "detectable": 0.1,
-        "verdict": "detected",
+        "verdict": "the loss is lower",
         "paper": "Table 0",
         "note": "small",
     }
@@ -183,7 +185,7 @@ def write_results(folder, text="plain words"):
     arm, nll, seeds = ["plain", "noisy", text], [1.5, 1.4, 2.25], [2, 2, 1]
     for name, table in {
         "tables/main": {"arm": arm, "test_nll": nll, "n_seeds": seeds},
-        "tables/type_one_error": {"confirmatory": [0.05], "crossed_bootstrap": [0.25]},
+        "tables/coverage": {"interval": [0.94, 0.97], "crossed_bootstrap": [0.75, 0.95]},
         "published/views": {
             **{"view": [text], "kind": ["raw"], "n": [803]},
             **{"estimate": [35.1], "ci_low": [31.2], "ci_high": [39.0]},
@@ -224,9 +226,19 @@ def test_pages_of_small_results(tmp_path, results):
     assert len(lines) == 1 and "15 notebooks" in lines[0]
     read = {path.name: check(path) for path in index.parent.iterdir()}
     text = read["index.html"].text()
-    for part in ("Detected.", "-0.1234 [-0.2000, -0.0500]", "2.2500", "0123456789ab, with unc"):
+    for part in (
+        "The loss is lower.",
+        "94% to 97%",
+        "-0.1234 [-0.2000, -0.0500]",
+        "2.2500",
+        "0123456789ab, with unc",
+    ):
         assert part in text
-    for part in ("29.79 64.69 +34.90", "seed pairs 3 5 10", "803 pairs +35.1 [+31.2"):
+    for part in (
+        "29.79 64.69 +34.90",
+        "four times out of five 3 pairs 5 pairs",
+        "803 pairs +35.1 [+31.2",
+    ):
         assert part in text
     assert "readable answer" not in text
     assert "2 minutes in all runs" in text
@@ -272,7 +284,7 @@ def test_runs_without_a_pair_are_no_verdict(tmp_path, results):
     for run in results.glob(f"runs/{load_profile('smoke').confirmatory.treatment}-s*"):
         shutil.rmtree(run)
     text = check(build(tmp_path)[0]).text()
-    assert "readable answer" not in text and "0 seed pairs; loss on test rows" in text
+    assert "readable answer" not in text and "not measured here" in text
     assert "Not complete: 2 of 5 runs are there, baseline-s0, baseline-s1." in text
     shutil.rmtree(results / "runs")
     assert "No finished run here: run make reproduce" in check(build(tmp_path)[0]).text()
@@ -315,8 +327,9 @@ def test_pages_of_the_reference(tmp_path):
     assert {f"{step}.html" for step in executed} <= set(read)
     assert len(read) == 1 + len(list(stored.glob("notebooks/*.ipynb")))
     text = read["index.html"].text()
-    for row in json.loads((stored / "claims.json").read_text("utf-8")):
-        assert " ".join(row["claim"].split()) in text and row["verdict"] in text
+    for row in Results(stored).ledger.values():
+        assert " ".join(row.claim.text.split()) in text and str(row.verdict) in text
+    assert str(Results(stored).caveats[-1]) in text
     images = [a["alt"] for t, a in read["index.html"].elements if t == "img"]
     assert len(images) == len(list(stored.glob("figures/*.png")))
     # The figures carry their own description; the name is only for those that lack one.

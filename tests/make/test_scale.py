@@ -103,7 +103,8 @@ def test_a_profile_of_the_papers_scale_runs_whole_at_nano_sizes(name, repositori
     manifest = json.loads((results / "manifest.json").read_text("utf-8"))
     assert manifest["revision"] == (COMMIT if small.data.source == "alpaca" else None)
     claims = json.loads((results / "claims.json").read_text("utf-8"))
-    assert claims[0]["id"] == "confirmatory" and claims[0]["estimate"] is not None
+    by_id = {row["id"]: row for row in claims}
+    assert by_id["content_nll"]["primary"] and by_id["content_nll"]["estimate"] is not None
     if small.evaluate.judge:
         scores = json.loads((results / "runs" / "base-s0" / "scores.json").read_text("utf-8"))
         assert small.evaluate.judge.key_variable in scores["judge"]["left_out"]
