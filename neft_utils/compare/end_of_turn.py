@@ -14,13 +14,9 @@ from scipy.stats import t
 from neft_utils.base.strict import ConfigError
 from neft_utils.compare import stats
 
-# Measure -> unit. Changes are treatment minus control; of the last three, lower is the likelier.
-MEASURES = {
-    "p_end": "share",
-    "end_nll": "nats",
-    "content_nll": "nats/token",
-    "test_nll": "nats/token",
-}
+# Changes are treatment minus control: of P(end of turn), and of three losses in nats, the last two
+# per token.
+MEASURES = ["p_end", "end_nll", "content_nll", "test_nll"]
 COLUMNS = ["example_id", "n_tokens", "nll", "end_nll"]
 
 
@@ -70,8 +66,8 @@ def _measures(losses):
 
 def weights_of(changes, measure):
     """What a row counts in a measure: its tokens, as in training, or 1 for the one end token."""
-    tokens = {"content_nll": changes.n_tokens - 1, "test_nll": changes.n_tokens}
-    return tokens.get(measure, pd.Series(1, changes.index))
+    less = {"content_nll": 1, "test_nll": 0}  # the tokens that do not count
+    return changes.n_tokens - less[measure] if measure in less else 1
 
 
 def interval(changes, measure):

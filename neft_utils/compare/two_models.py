@@ -11,7 +11,8 @@ import pandas as pd
 from neft_utils.base.files import write_csv
 from neft_utils.base.profiles import Data
 from neft_utils.base.strict import ConfigError
-from neft_utils.compare import end_of_turn, end_of_turn_plots, plots
+from neft_utils.compare import end_of_turn, end_of_turn_plots, plots, words
+from neft_utils.compare.metrics import quantity
 from neft_utils.data.sources import load_source
 from neft_utils.evaluate.generate import answer
 from neft_utils.evaluate.losses import score_losses
@@ -19,32 +20,11 @@ from neft_utils.train.encoding import encode
 from neft_utils.train.finetunes import find_finetune, longest_text, read_tokenizer, with_each
 
 BATCH_TOKENS, BATCH_ANSWERS = 2048, 16  # of one forward
-# Measure -> (unit, what it is, words for a rise, words for a fall).
-WORDS = {
-    "end_nll": (
-        "nats",
-        "−log P(end of turn) where the reference answer ends",
-        "The treatment is later to stop",
-        "The treatment is sooner to stop",
-    ),
-    "content_nll": (
-        "nats/token",
-        "loss on the tokens before the end of turn",
-        "The treatment is worse in content",
-        "The treatment is better in content",
-    ),
-    "test_nll": (
-        "nats/token",
-        "loss on all tokens of the answers",
-        "The treatment is worse in the loss as training takes it",
-        "The treatment is better in the loss as training takes it",
-    ),
-    "answer_length": (
-        "%",
-        "length of its own answers",
-        "The treatment answers at greater length",
-        "The treatment answers more briefly",
-    ),
+NAMES = {
+    "end_nll": "Stopping",
+    "content_nll": "Content",
+    "test_nll": "All tokens",
+    "answer_length": "Own answers",
 }
 
 
@@ -54,7 +34,9 @@ class Comparison:
 
     measures: pd.DataFrame  # measure, unit, estimate, ci_low, ci_high, n_pairs, n_rows, sentence
     rows: pd.DataFrame  # seed (pair), example_id, n_tokens, p_end, end_nll, content_nll, test_nll
-    answers: pd.DataFrame  # seed, example_id, control, treatment (tokens), delta, cut; or empty
+    answers: (
+        pd.DataFrame
+    )  # seed, example_id, control, treatment (tokens), cut, answer_length; or empty
     scope: str  # over what the intervals are
 
     def __str__(self):
@@ -219,36 +201,31 @@ def _lengths(said, says, rows):
         }
     )
     ratio = table.treatment.astype(float) / table.control.astype(float)
-    return table.assign(delta=np.log(ratio))
+    return table.assign(answer_length=np.log(ratio))
 
 
 def _comparison(changes, lengths):
     rows = []
-    for measure, (unit, *_) in WORDS.items():
-        if measure != "answer_length":
-            one = end_of_turn.interval(changes, measure)
-        else:
-            known = lengths.assign(n_tokens=1).rename(columns={"delta": measure})
-            one = end_of_turn.interval(known, measure)
-        if one is None:
-            continue
-        numbers = np.array([one.estimate, one.ci_low, one.ci_high])
-        if unit == "%":
-            numbers = 100 * np.expm1(numbers)
-        more = ""
+    for measure in NAMES:
+        table = changes if measure != "answer_length" else lengths
+        one, more = end_of_turn.interval(table, measure), ""
         if measure == "end_nll":
             points = round(100 * changes.p_end.mean(), 1) + 0  # no "-0.0"
             more = f" (P(end of turn) {points:+.1f} points)"
-        if measure == "answer_length" and lengths.cut.any():
+        elif measure == "answer_length" and lengths.cut.any():
             more = f" ({lengths.cut.sum()} of {len(lengths)} pairs of answers were cut)"
+        if one is None:
+            continue
+        unit = quantity(measure).unit
+        ends = (words.size(x, unit) for x in (one.estimate, one.ci_low, one.ci_high))
         rows.append(
             {
                 "measure": measure,
-                "unit": unit,
-                **dict(zip(("estimate", "ci_low", "ci_high"), numbers, strict=True)),
+                "unit": words.plain(unit),
+                **dict(zip(("estimate", "ci_low", "ci_high"), ends, strict=True)),
                 "n_pairs": one.n_seeds,
                 "n_rows": one.n_examples,
-                "sentence": sentence(measure, *numbers, more),
+                "sentence": f"{NAMES[measure]}: {_said(one, measure)}{more}.",
             }
         )
     pairs, count = changes.seed.nunique(), changes.example_id.nunique()
@@ -261,22 +238,14 @@ def _comparison(changes, lengths):
     return Comparison(pd.DataFrame(rows), changes, lengths, scope)
 
 
-def sentence(measure, estimate, ci_low, ci_high, more=""):
-    """One plain sentence: direction, size and interval, and what is excluded where none is seen.
-
-    Numbers are in the unit that WORDS gives the measure. more: goes behind the numbers.
-    """
-    unit, what, rise, fall = WORDS[measure]
-    digits = {"nats": 3, "nats/token": 4, "%": 1}[unit]
-    estimate, ci_low, ci_high = (round(x, digits) + 0 for x in (estimate, ci_low, ci_high))
-    size = f"{what} {estimate:+.{digits}f} {unit}"
-    if not math.isfinite(ci_low):
-        words = "No difference at all" if estimate == 0 else "One number without an interval"
-        return f"{words}: {size}{more}."
-    size = f"{size} [{ci_low:+.{digits}f}, {ci_high:+.{digits}f}]{more}"
-    if ci_low > 0 or ci_high < 0:
-        return f"{rise if estimate > 0 else fall}: {size}."
-    return (
-        f"No difference seen: {size}; a rise over {max(ci_high, 0):.{digits}f} and a fall over"
-        f" {max(-ci_low, 0):.{digits}f} {unit} are excluded."
-    )
+def _said(interval, measure):
+    """The one sentence of `words`; also where one pair has no interval over its rows."""
+    about = quantity(measure)
+    if not math.isfinite(interval.ci_low):
+        if interval.estimate == 0:
+            return "no difference at all"
+        return f"{words.with_interval(interval, about.unit)}, without a spread for an interval"
+    found = words.verdict(interval, about)
+    if measure == "end_nll" and found.seen:
+        return f"{'later' if found.outcome == 'higher' else 'sooner'} to stop, {found}"
+    return str(found)
