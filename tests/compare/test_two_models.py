@@ -17,6 +17,7 @@ from neft_utils.base.strict import ConfigError
 from neft_utils.compare import stats, two_models
 from neft_utils.compare.__main__ import main
 from neft_utils.data.sources import own_rows
+from neft_utils.train import folders
 from neft_utils.train.base_models import load_base, load_tokenizer
 
 ROWS = own_rows()[:84:4]
@@ -151,8 +152,9 @@ def test_pairs_of_adapters_have_an_interval_over_pairs_and_rows(two, adapters):
     assert len(thin) == 2
 
 
-def test_an_adapters_base_may_be_rounded_as_qlora_has_it(two, adapters):
+def test_an_adapters_base_may_be_rounded_as_qlora_has_it(two, adapters, tmp_path, monkeypatch):
     """One way is the rounded base's own folder, the other a flag; neither is the plain base."""
+    monkeypatch.setattr(folders, "MODELS", tmp_path)  # where rounded weights are kept
     model = load_base(Model(source=str(two[0]), base_weights="nf4_dequantized"))
     rounded = save(model, two[0].parent / "rounded")
     flag = compare_models(*adapters[:2], ROWS, nf4=True)
