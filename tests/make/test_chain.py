@@ -323,6 +323,7 @@ def test_a_data_file_that_will_not_do_is_named(tmp_path, rows, message):
     assert not (folder / "data" / "processed" / "mine" / "manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_bench_times_all_rows_on_the_same_examples(nano):
     """Real trainers of both kinds; how fast they are is not for a busy machine to say."""
     folder, results, _ = nano

@@ -17,6 +17,7 @@ from trl import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from neft_utils.noise import noisy_embeddings
+from neft_utils.train.attention import ATTENTION
 
 masking_utils = pytest.importorskip("transformers.masking_utils")
 LENGTHS = [9, 4, 1, 6]
@@ -398,7 +399,7 @@ def test_later_chunks_of_a_sequence_are_refused_and_an_empty_cache_is_not():
 def test_a_new_mask_of_transformers_must_be_placed_here():
     # 4-D tensors for eager and sdpa, (batch, tokens) or none for flash, BlockMask for flex:
     # each is a row of LAYOUTS. A new name may bring a new type of mask.
-    known = {"sdpa", "eager", "flex_attention"}
+    known = {"sdpa", "eager", "flex_attention", ATTENTION}  # ours makes the masks of sdpa
     new = {n for n in masking_utils.AttentionMaskInterface._global_mapping if n not in known}
     assert all(name.startswith("flash_attention_") for name in new)
     makers = {getattr(f, "func", f).__name__ for f in _mask_makers()}
