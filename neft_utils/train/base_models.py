@@ -19,27 +19,37 @@ def load_tokenizer(model):
     Raises ConfigError where there is none, or none that can end an answer.
     """
     folder = model_folder(model, "bf16")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # a dozen kinds, from a missing file to its parser
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-        raise ConfigError(
-            f"model.source: {model.source} has no tokenizer that can be read ({reason}): save it"
-            " beside the model"
-        ) from None
-    if tokenizer.eos_token is None:
-        raise ConfigError(
-            f"model.source: the tokenizer of {model.source} has no eos_token, which ends an answer:"
-            " set it and save the tokenizer again"
-        )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = open_tokenizer(
+        folder,
+        f"model.source: {model.source} has no tokenizer that can be read ({{reason}}): save it"
+        " beside the model",
+        f"model.source: the tokenizer of {model.source} has no eos_token, which ends an answer:"
+        " set it and save the tokenizer again",
+    )
     asked = "Name three primary colours."
     if asked not in tokenizer.decode(prompt_ids(tokenizer, asked)):
         raise ConfigError(
             f"model.source: the chat template of {model.source} leaves out what a user asks, or"
             " its tokenizer changes it: correct chat_template and save the tokenizer again"
         )
+    return tokenizer
+
+
+def open_tokenizer(folder, unreadable, endless):
+    """The tokenizer in a folder; one without pad token pads with its end-of-sequence token.
+
+    Raises ConfigError where there is none, with the text `unreadable` and its "{reason}", and where
+    it has no end of sequence, with the text `endless`.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # a dozen kinds, from a missing file to its parser
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        raise ConfigError(unreadable.replace("{reason}", reason)) from None
+    if tokenizer.eos_token is None:
+        raise ConfigError(endless)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
-from transformers import AutoTokenizer
 
 from neft_utils.base import hub
 from neft_utils.base.model_config import position_limit
 from neft_utils.base.paths import OWN_MODELS, find
 from neft_utils.base.profiles import Model
 from neft_utils.base.strict import ConfigError
+from neft_utils.train.base_models import open_tokenizer
 from neft_utils.train.fast import make_fast
 from neft_utils.train.folders import dequantized, device_map, load_whole, model_folder, nf4_config
 
@@ -68,22 +68,13 @@ def read_tokenizer(finetune):
     folder = finetune.adapter
     if folder is None or not (folder / "tokenizer_config.json").exists():
         folder = finetune.weights
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # a dozen kinds, from a missing file to its parser
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-        raise ConfigError(
-            f"{finetune.source}: no tokenizer can be read in {folder} ({reason}): save it beside"
-            " the model"
-        ) from None
-    if tokenizer.eos_token is None:
-        raise ConfigError(
-            f"{finetune.source}: its tokenizer has no eos_token, which ends an answer: set it and"
-            " save the tokenizer again"
-        )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return open_tokenizer(
+        folder,
+        f"{finetune.source}: no tokenizer can be read in {folder} ({{reason}}): save it beside"
+        " the model",
+        f"{finetune.source}: its tokenizer has no eos_token, which ends an answer: set it and"
+        " save the tokenizer again",
+    )
 
 
 def longest_text(finetune):
