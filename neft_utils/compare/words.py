@@ -67,6 +67,12 @@ class Verdict:
         said = f"worse by less than {bound}" if self.held else f"a loss of {bound} is not excluded"
         return f"{words}; {said}"
 
+    @property
+    def sentence(self) -> str:
+        """`str()` as a sentence by itself, with a capital and a full stop."""
+        said = str(self)
+        return f"{said[:1].upper()}{said[1:]}."
+
     def _words(self) -> str:
         if self.interval is None:
             elsewhere = f" (see profile {self.elsewhere})" if self.elsewhere else ""

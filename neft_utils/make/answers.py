@@ -45,7 +45,7 @@ def headline(results):
         unit = row.verdict.quantity.unit
         shown = "tokens, geometric mean" if unit == LOG_RATIO else plain(unit)
         rows.append((f"**Ours**: `{row.claim.metric}`, {shown}", *_ours(results, row)))
-    lines = [f"- *{one.claim.text}* **{_sentence(one)}**" for one in results.primary]
+    lines = [f"- *{one.claim.text}* **{one.verdict.sentence}**" for one in results.primary]
     lines = [line for one in lines for line in _filled(one)]
     heads = "| | without noise | with noise | difference [95 % interval] |"
     lines += ["", heads, "|---|---|---|---|"]
@@ -57,7 +57,7 @@ def expected(results):
     """The primary answers that `make reproduce` of this profile is expected to end with."""
     lines = []
     for one in results.primary:
-        line = f"- *{one.claim.text}* {_sentence(one)}"
+        line = f"- *{one.claim.text}* {one.verdict.sentence}"
         tolerance, _ = held(one.interval, one.interval)
         if math.isfinite(tolerance):
             unit = one.verdict.quantity.unit
@@ -147,7 +147,7 @@ def evidence(results):
     text = (
         f"Of {len(tested)} secondary claims that could be tested, {len(found)} show a difference."
     )
-    differ = [f"- *{r.claim.text}* **{_sentence(r)}** {r.claim.note}" for r in found]
+    differ = [f"- *{r.claim.text}* **{r.verdict.sentence}** {r.claim.note}" for r in found]
     differ = [line for one in differ for line in _filled(one)]
     answer = "\n".join([textwrap.fill(text, 96), "", *differ]).rstrip()
     notes = "".join(f"\n{one}\n" for one in results.caveats)
@@ -222,11 +222,6 @@ def _notes(results):
 def _filled(item):
     """An item of a list in lines of a readable length."""
     return textwrap.wrap(item, 96, subsequent_indent="  ", break_on_hyphens=False)
-
-
-def _sentence(row):
-    said = str(row.verdict)
-    return f"{said[:1].upper()}{said[1:]}."
 
 
 def _paper(table, data, digits):

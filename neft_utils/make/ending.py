@@ -26,10 +26,9 @@ def ending(profile, paths):
     lines = []
     beside = primary_beside(results.ledger.values(), profile)
     for one in results.primary:
-        said = str(one.verdict)
         lines += [
             one.claim.text,
-            f"  {said[:1].upper()}{said[1:]}.",
+            f"  {one.verdict.sentence}",
             f"  {_expected(beside.loc[one.id])}",
         ]
     others = [one for one in results.ledger.values() if not one.primary]
