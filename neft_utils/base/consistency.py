@@ -9,7 +9,7 @@ def faults_between(profile, incomplete=False):
     incomplete: whether some values were refused before; what depends on those is left out.
     """
     faults = []
-    for check in (_arms, _confirmatory, _seeds, _rows, _method, _answers, _margins):
+    for check in (_arms, _confirmatory, _seeds, _rows, _epochs, _method, _answers, _margins):
         try:
             faults += check(profile)
         except (TypeError, AttributeError, KeyError):  # of a value that is UNKNOWN
@@ -70,6 +70,17 @@ def _rows(profile):
                 f"arms.{name}.data_fraction: {arm.data_fraction:g} of data.train_rows"
                 f" {data.train_rows} is no row"
             )
+
+
+def _epochs(profile):
+    every = profile.train.validate_epochs
+    for name in profile.arms:
+        if every > (epochs := profile.recipe(name).epochs):
+            yield (
+                f"train.validate_epochs: {every} is longer than the {epochs} epochs of arm {name}:"
+                f" use {epochs} or less"
+            )
+            break
 
 
 def _method(profile):

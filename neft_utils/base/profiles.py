@@ -73,6 +73,8 @@ class Train:
     weight_decay: float = at_least(0.0, 0.0)
     warmup_fraction: float = within("[0, 1]", 0.1)
     max_grad_norm: float = at_least(0.0, 1.0)
+    validate_epochs: int = at_least(1, 1)  # from one validation to the next; the last one always
+    validate_train: bool = False  # the training rows too, noise off: when do two arms fit alike?
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ MANIFESTS = ("{processed}/manifest.json", "{results}/manifest.json")
 CLAIMS, SCORES = "{results}/claims.json", f"{RUN}/scores.json"
 LEADERBOARD = "{results}/published/leaderboard.csv"
 ABOUT = (f"{RUN}/config.json", f"{RUN}/provenance.json")  # what a run says of itself
+_TRAINED = ("train_log.csv", "losses_by_epoch.csv", "noise.json")
 _ITEMS = ("losses.csv", "generations.jsonl", "task_items.csv", "perturbed_losses.csv")
 _ITEMS += ("stopping.csv", "preferences.csv")
 
@@ -74,7 +75,7 @@ CHAIN = (
         place=(3.2, 0),
         after=(1, 2),
         reads=(TRAIN, VALIDATION),
-        writes=(*ABOUT, f"{RUN}/train_log.csv", f"{RUN}/noise.json", WEIGHTS),
+        writes=(*ABOUT, *(f"{RUN}/{name}" for name in _TRAINED), WEIGHTS),
         depends=("model", "train", "change", "seed"),
         per_run=True,
         on_device=True,

@@ -17,7 +17,7 @@ from neft_utils.base.provenance import begin, describe
 from neft_utils.noise import NEFTuneCallback
 from neft_utils.train.folders import weights_file
 from neft_utils.train.memory import out_of_memory
-from neft_utils.train.run_log import LOG_COLUMNS, RunLog, last_checkpoint, throughput
+from neft_utils.train.run_log import CURVE_COLUMNS, LOG_COLUMNS, RunLog, last_checkpoint, throughput
 
 OTHER = "checkpoints of other code, settings or rows are here: training starts anew"
 
@@ -42,8 +42,9 @@ def recorded(trainer, profile, arm, seed, paths, say=print):
     trainer: not yet trained, with a RunLog and a NEFTuneCallback among its callbacks. Inside, call
     `trainer.train(resume_from_checkpoint=run.checkpoint)` and save into `run.weights.parent`. A
     checkpoint is only gone on from if code, settings and rows are those that made it; else it is
-    deleted. At the end train_log.csv (LOG_COLUMNS; row 0 is before training), config.json,
-    noise.json and, last, provenance.json are written: a folder with it is a whole run.
+    deleted. At the end train_log.csv (LOG_COLUMNS; row 0 is before training), losses_by_epoch.csv
+    (CURVE_COLUMNS), config.json, noise.json and, last, provenance.json are written: a folder with
+    it is a whole run.
     Raises RuntimeError for a trainer that has trained, or where nothing was saved; MemoryError of
     one line that names the setting to lower.
     """
@@ -122,6 +123,8 @@ def _write(trainer, log, noise, profile, arm, seed, paths, run, begun, key):
     }
     write_json(run.folder / "config.json", described)
     write_csv(run.folder / "train_log.csv", pd.DataFrame(log.rows).reindex(columns=LOG_COLUMNS))
+    curve = pd.DataFrame(log.curve, columns=CURVE_COLUMNS)
+    write_csv(run.folder / "losses_by_epoch.csv", curve)
     resumed = {"from_step": int(run.checkpoint.rpartition("-")[2])} if run.checkpoint else {}
     write_json(run.folder / "noise.json", noise.report() | resumed)
     about = describe(

@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from neft_utils.base.files import write_json
 from neft_utils.base.provenance import matmul_gflops
-from neft_utils.train.losses import response_nll
+from neft_utils.train.losses import response_losses
 
 ROWS = "rows.json"  # in a checkpoint; written last, so that a checkpoint with it is a whole one
 
@@ -23,19 +23,23 @@ LOG_COLUMNS = [
     "seconds",
     "validation_nll",
 ]
+CURVE_COLUMNS = ["epoch", "split", "row", "n_tokens", "nll", "end_nll"]
 
 
 class RunLog(TrainerCallback):
-    """Collects one row per optimiser step and the clean validation NLL after each epoch.
+    """Collects one row per optimiser step, and losses with the noise off every few epochs.
 
-    train, validation: encoded examples; batch_tokens: tokens per forward when scoring. `rows`
-    become train_log.csv, `started` and `scoring` are seconds. Raises FloatingPointError for a loss
-    that is not finite.
+    train, validation: encoded examples; batch_tokens: tokens per forward when scoring; every:
+    epochs from one scoring to the next (the last is always scored); on_train: whether the training
+    rows are scored as well. `rows` become train_log.csv; `curve` losses_by_epoch.csv, a line per
+    scored row in CURVE_COLUMNS, in nats as `losses.response_losses` has them. `started` and
+    `scoring` are seconds. Raises FloatingPointError for a loss that is not finite.
     """
 
-    def __init__(self, train, validation, batch_tokens, say=print):
+    def __init__(self, train, validation, batch_tokens, every=1, on_train=False, say=print):
         self.train, self.validation, self.batch_tokens = train, validation, batch_tokens
-        self.say, self.rows = say, []
+        self.every, self.on_train = every, on_train
+        self.say, self.rows, self.curve = say, [], []
         self.started, self.scoring = time.perf_counter(), 0.0
         self.mean_tokens = sum(len(one["input_ids"]) for one in train) / len(train)
 
@@ -44,13 +48,21 @@ class RunLog(TrainerCallback):
         seen = min(step * args.per_device_train_batch_size, len(self.train) * args.num_train_epochs)
         return round(seen * self.mean_tokens)
 
-    def validate(self, model):
+    def validate(self, model, epoch):
         """Mean NLL of the validation examples, noise off; its time is not training time."""
         started = time.perf_counter()
-        scores = response_nll(model, self.validation, self.batch_tokens)
+        scored = {"validation": self.validation} | ({"train": self.train} if self.on_train else {})
+        for split, examples in scored.items():
+            losses = response_losses(model, examples, self.batch_tokens)
+            for row, (example, nll, end) in enumerate(zip(examples, *losses, strict=True)):
+                tokens = sum(example["completion_mask"])
+                values = (int(epoch), split, row, tokens, round(nll, 6), round(end, 6))
+                self.curve.append(dict(zip(CURVE_COLUMNS, values, strict=True)))
+            if split == "validation":
+                mean = sum(losses[0]) / len(examples)
         model.train()
         self.scoring += time.perf_counter() - started
-        return sum(scores) / len(scores)
+        return mean
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.started = time.perf_counter()
@@ -58,10 +70,14 @@ class RunLog(TrainerCallback):
             self.say(f"goes on at step {state.global_step}/{state.max_steps}")
             last = self.rows[-1]
             self.started -= last.get("seconds", 0.0)
-            if float(last["epoch"]).is_integer() and "validation_nll" not in last:
-                last["validation_nll"] = self.validate(model)  # a checkpoint comes before it
+            if self._due(last["epoch"], args) and "validation_nll" not in last:
+                # A checkpoint comes before it.
+                last["validation_nll"] = self.validate(model, last["epoch"])
             return
-        self.rows.append({"step": 0, "epoch": 0.0, "validation_nll": self.validate(model)})
+        self.rows.append({"step": 0, "epoch": 0.0, "validation_nll": self.validate(model, 0)})
+
+    def _due(self, epoch, args):
+        return epoch % self.every == 0 or epoch == args.num_train_epochs
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" not in (logs or {}):
@@ -86,12 +102,14 @@ class RunLog(TrainerCallback):
             self.say(f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.3f}")
 
     def on_epoch_end(self, args, state, control, model=None, **kwargs):
-        self.rows[-1]["validation_nll"] = self.validate(model)
-        self.say(f"epoch {state.epoch:.0f}  validation NLL {self.rows[-1]['validation_nll']:.4f}")
+        epoch = round(state.epoch)
+        if self._due(epoch, args):
+            self.rows[-1]["validation_nll"] = value = self.validate(model, epoch)
+            self.say(f"epoch {epoch}  validation NLL {value:.4f}")
 
     def on_save(self, args, state, control, **kwargs):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        write_json(folder / ROWS, self.rows)
+        write_json(folder / ROWS, {"rows": self.rows, "curve": self.curve})
 
 
 def last_checkpoint(folder, log):
@@ -99,7 +117,8 @@ def last_checkpoint(folder, log):
     found = [path for path in Path(folder).glob("checkpoint-*") if (path / ROWS).exists()]
     newest = max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
     if newest is not None:
-        log.rows = json.loads((newest / ROWS).read_text("utf-8"))
+        saved = json.loads((newest / ROWS).read_text("utf-8"))
+        log.rows, log.curve = saved["rows"], saved["curve"]
     return newest
 
 

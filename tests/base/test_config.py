@@ -39,14 +39,17 @@ def test_every_profile_loads(name):
 
 def test_cpu_profile_is_the_promised_one():
     profile = load_profile("cpu")
-    runs = profile.runs()
-    assert {(a, s) for a, s in runs if a != "neft_a5"} == {
-        (arm, seed) for arm in ("baseline", "neft_a15") for seed in (0, 1, 2)
-    }
-    assert [run for run in runs if run[0] == "neft_a5"] == [("neft_a5", 0)]
+    pairs = {(arm, seed) for arm in ("baseline", "neft_a15") for seed in (0, 1, 2)}
+    assert set(profile.runs()) == pairs
     assert profile.arms["baseline"].noise_alpha == 0
     assert profile.confirmatory == Confirmatory("neft_a15", "baseline")
-    assert profile.evaluate.answer_prompts >= 32
+    assert profile.data.test_rows >= 400 and profile.evaluate.answer_prompts >= 96
+
+
+def test_cpu_long_tests_on_rows_that_cpu_does_not():
+    short, long = load_profile("cpu").data, load_profile("cpu-long").data
+    assert short.split_seed == long.split_seed and short.max_tokens == long.max_tokens
+    assert short.test_offset + short.test_rows <= long.test_offset
 
 
 BAD = [
@@ -57,6 +60,7 @@ BAD = [
     ("train.epochs", "two", "epochs: expected int, not 'two'"),
     ("train.epochs", True, "epochs: expected int, not True"),
     ("train.epochs", 0, "epochs: must be at least 1, not 0"),
+    ("train.validate_epochs", 9, "validate_epochs: 9 is longer than the 2 epochs of arm baseline"),
     ("train.learning_rate", "0.001", "expected float, not '0.001' (a number has no quotes)"),
     ("train.learning_rate", 0, "learning_rate: must lie in (0, 1], not 0.0"),
     ("train.learning_rate", 1.5, "learning_rate: must lie in (0, 1], not 1.5"),

@@ -19,6 +19,7 @@ from neft_utils.data.sources import DataError
 from neft_utils.noise import NEFTuneCallback
 from neft_utils.train import record, run_log
 from neft_utils.train.base_models import load_base
+from neft_utils.train.losses import response_losses
 from neft_utils.train.memory import out_of_memory
 from neft_utils.train.run_log import RunLog
 
@@ -42,6 +43,10 @@ def test_a_run_writes_its_files_and_the_same_seed_gives_the_same_bits(lab):
     assert list(log.columns) == run_log.LOG_COLUMNS
     assert log.step.tolist() == [0, 1, 2, 3, 4]
     assert log.validation_nll.notna().tolist() == [True, False, True, False, True]
+    curve = pd.read_csv(run / "losses_by_epoch.csv")
+    assert list(curve.columns) == run_log.CURVE_COLUMNS and set(curve.split) == {"validation"}
+    means = curve.groupby("epoch").nll.mean()
+    assert means.tolist() == pytest.approx(log.validation_nll.dropna().tolist(), abs=1e-5)
     noise = json.loads((run / "noise.json").read_text())
     assert noise["noise_rms"] == pytest.approx(noise["expected_rms"], rel=0.02)
     assert noise["calls"] > 2 * nano.profile.train.epochs  # batches of 8, each in parts
@@ -244,9 +249,11 @@ def cut(nano, arm="neft_a15"):
 
 
 def test_a_cut_run_goes_on_from_its_checkpoint_to_the_same_bits(lab, capsys):
-    often = lab(train={"checkpoint_steps": 1, "lora_dropout": 0.1})
+    scored = {"validate_epochs": 2, "validate_train": True}
+    often = lab(train={"checkpoint_steps": 1, "lora_dropout": 0.1, "epochs": 3, **scored})
     run = often.train()["run"].folder
     whole = weights(run)
+    curve = (run / "losses_by_epoch.csv").read_text()
     log = pd.read_csv(run / "train_log.csv").drop(columns="seconds")
     folder = cut(often)
     assert not (run / "provenance.json").exists()  # this run is not whole
@@ -255,12 +262,30 @@ def test_a_cut_run_goes_on_from_its_checkpoint_to_the_same_bits(lab, capsys):
     (folder / "checkpoint-3" / run_log.ROWS).unlink()  # cut while it was written
     capsys.readouterr()
     often.train()
-    assert "goes on at step 2/4" in capsys.readouterr().out
+    assert "goes on at step 2/6" in capsys.readouterr().out
     assert json.loads((run / "noise.json").read_text())["from_step"] == 2
     again = weights(run)
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     resumed = pd.read_csv(run / "train_log.csv").drop(columns="seconds")
     pd.testing.assert_frame_equal(log, resumed)
+    assert (run / "losses_by_epoch.csv").read_text() == curve
+
+
+def test_losses_are_written_every_few_epochs_of_the_training_rows_too(lab):
+    nano = lab(train={"epochs": 3, "validate_epochs": 2, "validate_train": True})
+    names = nano.train()
+    curve = pd.read_csv(names["run"].folder / "losses_by_epoch.csv")
+    counts = curve.groupby(["epoch", "split"]).size().to_dict()
+    rows = {"train": len(names["train"]), "validation": len(names["validation"])}
+    assert counts == {(epoch, s): rows[s] for epoch in (0, 2, 3) for s in rows}  # 3: the last
+    at_last = curve[(curve.epoch == 3) & (curve.split == "train")]
+    trained = names["model"].eval()
+    nll, end = response_losses(trained, names["train"], 400)
+    assert at_last.nll.tolist() == pytest.approx(nll, abs=2e-6)
+    assert at_last.end_nll.tolist() == pytest.approx(end, abs=2e-6)
+    assert at_last.n_tokens.tolist() == [sum(one["completion_mask"]) for one in names["train"]]
+    first = curve[(curve.epoch == 0) & (curve.split == "train")]
+    assert at_last.nll.mean() < first.nll.mean()
 
 
 @pytest.mark.parametrize(
