@@ -156,3 +156,9 @@ def test_commands_that_train_nothing_load_no_torch(name):
     code = f"import sys, neft_utils.{name}; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_the_end_of_a_run_that_had_nothing_to_do_waits_for_no_library():
+    code = "import sys, neft_utils.make.ending; print({'pandas', 'scipy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -197,10 +197,9 @@ def caveats(profile, runs):
 
 
 def caveats_json(notes):
-    """Caveats as tables/caveats.json holds them: a list of {"kind": …, …}."""
-    return json.loads(
-        json.dumps([{"kind": KINDS[type(n)], **dataclasses.asdict(n)} for n in notes])
-    )
+    """Caveats as tables/caveats.json holds them: a list of {"kind": …, "sentence": …, …}."""
+    rows = [{"kind": KINDS[type(n)], "sentence": str(n), **dataclasses.asdict(n)} for n in notes]
+    return json.loads(json.dumps(rows))
 
 
 def engine_of(run):

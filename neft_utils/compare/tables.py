@@ -173,34 +173,6 @@ def contrasts(runs, seeds, profile, decoding):
     return pd.DataFrame(rows)
 
 
-def by_length(runs, pair, decoding, parts=4):
-    """What noise does at the end and before it, by length of the reference: a row a part.
-
-    pair: a `Contrast`. Test rows are cut into `parts` of equal number by their tokens. DataFrame
-    tokens (median of the part), rows, and for `end_nll` and `content_nll` the estimate with its
-    interval, `<name>`, `<name>_ci_low`, `<name>_ci_high`, in nats and nats per token. Empty for
-    runs without end_nll.
-    """
-    frames = {name: paired(runs, pair, name, decoding) for name in ("end_nll", "content_nll")}
-    if any(frame is None for frame in frames.values()):
-        return pd.DataFrame(columns=["tokens", "rows", *frames])
-    arm, seed = pair.treatment, frames["end_nll"].seed.iloc[0]
-    tests = runs[arm, seed]["losses"].query("split == 'test'").set_index("example_id").n_tokens
-    part = pd.qcut(tests.rank(method="first"), parts, labels=False)
-    rows = []
-    for number in range(parts):
-        inside = tests[part == number]
-        row = {"tokens": inside.median(), "rows": len(inside)}
-        for name, frame in frames.items():
-            some = frame[frame.example_id.isin(inside.index)]
-            one = stats.confirmatory_interval(some) if len(some) else None
-            row[name] = one.estimate if one else math.nan
-            row[f"{name}_ci_low"] = one.ci_low if one else math.nan
-            row[f"{name}_ci_high"] = one.ci_high if one else math.nan
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
 def length_views(runs, pair):
     """Judged preference with length answered every way: DataFrame view, seed, estimate (points).
 

@@ -1,16 +1,17 @@
 """A difference in one plain sentence: its direction, its size with its interval, what is excluded.
 
 Every table, figure and page says it by `str()` of a `Verdict`; nothing else puts a difference into
-words. numpy, pandas and scipy are all that this needs.
+words, and nothing but Python is needed for it, since `make reproduce` ends with such sentences.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import expm1, isfinite
-from typing import Literal
+from math import expm1, hypot, isfinite, nan
+from typing import TYPE_CHECKING, Literal
 
-from neft_utils.compare.stats import Interval
+if TYPE_CHECKING:  # stats needs pandas and scipy
+    from neft_utils.compare.stats import Interval
 
 LOG_RATIO = "log ratio"  # shown as per cent
 
@@ -161,6 +162,28 @@ def non_inferiority(interval: Interval, margin: float, higher_is_better: bool) -
         raise ValueError(f"margin must be a positive number in the metric's unit, got {margin!r}")
     worst = interval.ci_low if higher_is_better else -interval.ci_high
     return bool(worst > -margin)
+
+
+# What `held` says of two estimates of one contrast.
+AGREES, DIFFERS = "as expected", "outside"
+NO_INTERVAL, NO_REFERENCE = "no interval to hold it by", "no reference"
+
+
+def held(here: Interval | None, there: Interval | None) -> tuple[float, str]:
+    """(tolerance, one of the words above) of a contrast here and in another place.
+
+    Two independent estimates with 95 % intervals of half widths a and b lie within sqrt(a^2 + b^2)
+    of each other in about 95 of 100 cases: that is the tolerance, in the contrast's unit. Results
+    that share rows and seeds lie nearer, so it is generous. NaN where one side has no interval.
+    """
+    if here is None or there is None:
+        return nan, NO_REFERENCE
+    halves = [(one.ci_high - one.ci_low) / 2 for one in (here, there)]
+    if not all(map(isfinite, halves)):
+        return nan, NO_INTERVAL
+    tolerance = hypot(*halves)
+    near = abs(here.estimate - there.estimate) <= tolerance
+    return tolerance, AGREES if near else DIFFERS
 
 
 # ---------------------------------------------------------------------------------- numbers

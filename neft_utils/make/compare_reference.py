@@ -1,15 +1,13 @@
 """`make compare`: local results against the promoted ones, where both are of one experiment."""
 
-import pandas as pd
-
 from neft_utils.base.files import read_json
 from neft_utils.base.paths import REFERENCE, Paths
 from neft_utils.base.strict import ConfigError
-from neft_utils.compare.agreement import AGREES, NO_INTERVAL, NO_REFERENCE, held
-from neft_utils.compare.expected import TOLERANCES
+from neft_utils.compare.agreement import means_beside
 from neft_utils.compare.metrics import METRICS
 from neft_utils.compare.results import Results
 from neft_utils.compare.tables import Contrast
+from neft_utils.compare.words import AGREES, DIFFERS, NO_INTERVAL, NO_REFERENCE, held
 
 
 def hold_against_reference(profile, paths):
@@ -32,25 +30,13 @@ def hold_against_reference(profile, paths):
 
 
 def _means(reference, local):
-    misses = 0
-    there, here = (side.main.set_index("arm") for side in (reference, local))
-    for metric, (unit, _) in METRICS.items():
-        if unit not in TOLERANCES:
-            continue
-        for arm in there.index:
-            a, b = there.loc[arm, metric], here.loc[arm, metric]
-            if pd.isna(a) or pd.isna(b):
-                if pd.isna(a) != pd.isna(b):
-                    side = "local" if pd.isna(a) else "reference"
-                    print(f"-- {arm} {metric}: only the {side} side has it")
-                continue
-            good = abs(a - b) <= TOLERANCES[unit]
-            misses += not good
-            print(
-                f"{'ok' if good else 'MISS'} {arm} {metric}: reference {a:.4f} local {b:.4f}"
-                f" tolerance {TOLERANCES[unit]:g} {unit}"
-            )
-    return misses
+    table = means_beside(reference, local)
+    for one in table.itertuples():
+        mark = {AGREES: "ok", DIFFERS: "MISS"}.get(one.verdict, "--")
+        values = f"{one.arm} {one.metric}: reference {one.reference:.4f} local {one.local:.4f}"
+        within = f"tolerance {one.tolerance:.4f} {one.unit}"
+        print(mark, values, within if mark != "--" else f"({one.verdict})")
+    return int((table.verdict == DIFFERS).sum())
 
 
 def _contrasts(reference, local):

@@ -1,13 +1,16 @@
-"""What `make reproduce` says at its end: the answer to the question, and where more is."""
+"""What `make reproduce` says at its end: the answer to the question, and where more is.
+
+Read from files that notebook 5 wrote, so that it is there at once when nothing was to be done.
+"""
 
 import os
 from collections import Counter
+from math import isnan, nan
+from types import SimpleNamespace
 
-import pandas as pd
-
-from neft_utils.base.files import ROOT
-from neft_utils.compare.agreement import primary_beside
-from neft_utils.compare.results import Results
+from neft_utils.base.files import ROOT, read_json
+from neft_utils.base.paths import REFERENCE, Paths
+from neft_utils.compare.words import digits_of, held, plain, size
 
 SAID = {
     "higher": "a difference upward",
@@ -22,20 +25,18 @@ def ending(profile, paths):
 
     profile: base.profiles.Profile; paths: base.paths.Paths of its results.
     """
-    results = Results(paths.results, profile)
+    ledger = _ledger(paths)
+    stored = {one.id: one for one in _ledger(Paths(profile.name, REFERENCE))}
     lines = []
-    beside = primary_beside(results.ledger.values(), profile)
-    for one in results.primary:
-        lines += [
-            one.claim.text,
-            f"  {one.verdict.sentence}",
-            f"  {_expected(beside.loc[one.id])}",
-        ]
-    others = [one for one in results.ledger.values() if not one.primary]
-    counts = Counter(one.verdict.outcome for one in others)
+    for one in ledger:
+        if one.primary:
+            said = f"{one.verdict[:1].upper()}{one.verdict[1:]}."
+            lines += [one.claim, f"  {said}", f"  {_expected(one, stored.get(one.id))}"]
+    others = [one for one in ledger if not one.primary]
+    counts = Counter(one.outcome for one in others)
     summary = ", ".join(f"{said}: {counts[kind]}" for kind, said in SAID.items() if counts[kind])
     lines.append(f"Of {len(others)} other claims: {summary}.")
-    lines += map(str, results.caveats)
+    lines += [one["sentence"] for one in read_json(paths.tables / "caveats.json")]
     place = os.path.relpath(paths.results, ROOT)
     lines += [
         f"all claims: {place}/tables/claims.md, all measures: {place}/tables/main.md",
@@ -44,13 +45,24 @@ def ending(profile, paths):
     return "\n".join(lines)
 
 
-def _expected(row):
-    """A row of `primary_beside` as text."""
-    if pd.isna(row.expected):
+def _ledger(paths):
+    """The rows of claims.json, numbers that are missing as NaN; none without the file."""
+    rows = read_json(paths.results / "claims.json") or []
+    numbers = ("estimate", "ci_low", "ci_high")
+    gaps = [{name: nan for name in numbers if row[name] is None} for row in rows]
+    return [SimpleNamespace(**{**row, **gap}) for row, gap in zip(rows, gaps, strict=True)]
+
+
+def _expected(here, there):
+    """A claim of the ledger beside the reference's row of the same claim, or None."""
+    if there is None or isnan(there.estimate):
         return "Expected: no reference of this profile has it."
-    digits = 1 if row.unit == "%" else 4
-    said = f"Expected: {row.expected:+.{digits}f} {row.unit} (the stored reference)"
-    if pd.isna(row.tolerance):
-        return f"{said}; {row.verdict}."
-    within = f"± {row.tolerance:.{digits}f}"
-    return f"{said}; yours is {row.here:+.{digits}f}, {row.verdict} ({within})."
+    unit, digits = plain(here.unit), digits_of(here.unit)
+    said = f"Expected: {size(there.estimate, here.unit):+.{digits}f} {unit} (the stored reference)"
+    tolerance, verdict = held(here, there)
+    if isnan(here.estimate):
+        return f"{said}; {here.verdict}."
+    if isnan(tolerance):
+        return f"{said}; {verdict}."
+    within = f"± {size(tolerance, here.unit):.{digits}f}"
+    return f"{said}; yours is {size(here.estimate, here.unit):+.{digits}f}, {verdict} ({within})."

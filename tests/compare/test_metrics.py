@@ -11,7 +11,6 @@ from neft_utils.base.strict import ConfigError
 from neft_utils.compare.metrics import mean, per_item
 from neft_utils.compare.tables import (
     Contrast,
-    by_length,
     by_seed,
     contrast,
     main_markdown,
@@ -152,18 +151,3 @@ def test_the_gaps_interval_has_the_test_rows_in_it():
     # The training loss moved by the same in every seed: what is uncertain are the test rows.
     assert found.se == pytest.approx(test.se, rel=1e-6)
     assert found.estimate - test.estimate == pytest.approx(0.04)
-
-
-def test_the_end_and_the_content_by_length_of_the_reference():
-    rng, runs, tokens = np.random.default_rng(1), {}, np.arange(4, 44)
-    for seed in range(3):
-        for arm in ("baseline", "neft_a15"):
-            later = (arm == "neft_a15") * np.where(tokens < 14, 0.3, 0.02)
-            end = 1 + later + 0.01 * rng.standard_normal(40)
-            nll = (2.0 * (tokens - 1) + end) / tokens
-            rows = zip(["test"] * 40, map(str, tokens), tokens, nll, end, strict=True)
-            runs[arm, seed] = losses_run(list(rows))
-    table = by_length(runs, Contrast("neft_a15", ("baseline",)), DECODING)
-    assert table.tokens.tolist() == [8.5, 18.5, 28.5, 38.5] and (table.rows == 10).all()
-    assert table.end_nll.tolist() == pytest.approx([0.3, 0.02, 0.02, 0.02], abs=0.02)
-    assert (table.end_nll_ci_low[0] > 0.2) and (table.content_nll.abs() < 1e-9).all()
