@@ -8,6 +8,7 @@ import re
 from collections import Counter
 
 TRUST = 60.0  # seconds of planned work that count as if they had taken as long as planned
+LATE = 0.2  # what a step over its time is expected to take on, as a share of what it is over
 
 
 class Progress:
@@ -65,8 +66,9 @@ class Progress:
         gone = f"[{(now - self.began) / 60:5.1f} min]"
         if not self.steps:
             return f"{gone} starting"
-        left = self.seconds_left(now) / 60
-        return f"{gone} {self.done} of {self.steps} steps, about {left:.0f} min left"
+        minutes = round(self.seconds_left(now) / 60)
+        left = f"about {minutes} min" if minutes else "under a minute"
+        return f"{gone} {self.done} of {self.steps} steps, {left} left"
 
     def seconds_left(self, now):
         """Seconds until the end, from what has been seen so far."""
@@ -76,9 +78,10 @@ class Progress:
         plan = TRUST + self._plan + sum(plan for plan, _ in late)
         pace = (TRUST + self._took + sum(taken for _, taken in late)) / plan
         whole = sum(max(0, n) * self.planned.get(rule, 0) for rule, n in self._left.items())
-        # A late step is taken to be nearly done, for want of anything better.
+        # A late step is taken to be nearly done, for want of anything better; the later, the less.
         under_way = sum(min(plan, taken / pace, 0.9 * plan) for plan, taken in gone)
-        return max(0.0, pace * (whole - under_way) / self.side_by_side)
+        overdue = sum(LATE * (taken - plan) for plan, taken in late)
+        return max(0.0, (pace * (whole - under_way) + overdue) / self.side_by_side)
 
 
 def planned_seconds(rows, steps):

@@ -71,6 +71,17 @@ def test_a_step_that_takes_longer_than_planned_is_noticed_before_it_ends():
     assert left[0] < left[1] < left[2] and left[2] > 3 * left[0]
 
 
+def test_the_last_step_over_its_time_is_never_about_no_time_from_its_end():
+    """`about 0 min left` stood there for minutes."""
+    progress = Progress(PLANNED, 1, 0.0)
+    told(progress, "Job stats:\njob    count\n----\nevaluate  1\nall   1\ntotal  2\n", 0.0)
+    told(progress, begin(1, "evaluate"), 0.0)
+    assert progress.status(60.0) == "[  1.0 min] 0 of 2 steps, about 1 min left"
+    assert progress.status(95.0) == "[  1.6 min] 0 of 2 steps, under a minute left"
+    left = [progress.seconds_left(now) / 60 for now in (300.0, 600.0, 1200.0)]
+    assert 1 <= left[0] < left[1] < left[2] <= 5
+
+
 def test_a_run_that_goes_on_counts_only_what_is_not_done():
     progress = Progress(PLANNED, 1, 0.0)
     told(progress, "Job stats:\njob    count\n----\nevaluate  1\nall   1\ntotal  2\n", 0.0)
