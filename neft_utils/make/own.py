@@ -14,6 +14,7 @@ from neft_utils.base.profiles import Data, Model
 from neft_utils.base.read_profile import check_name, load_profile
 from neft_utils.base.strict import ConfigError
 from neft_utils.data.sources import DataError, source_files
+from neft_utils.data.special_tokens import spells_no_special_token
 from neft_utils.data.splits import total_tokens
 from neft_utils.make.rows import rows_of
 
@@ -91,14 +92,15 @@ def _fitting(under, model, path):
     from neft_utils.train.base_models import load_tokenizer  # here: it loads torch, in seconds
     from neft_utils.train.encoding import count_tokens
 
-    count = count_tokens(load_tokenizer(model))
+    tokenizer = load_tokenizer(model)
+    reads = count_tokens(tokenizer), spells_no_special_token(tokenizer)
     kind = "json" if Path(path).suffix.lower() in (".json", ".jsonl") else "alpaca"
     few = {"train_rows": 1, "validation_rows": 1, "test_rows": 1}
     asked = Data(
         source=kind, path=_here(path), max_tokens=2**30, ood_rows=under.data.ood_rows, **few
     )
     files = source_files(asked)
-    made, _ = rows_of(asked, [0], count, **files)
+    made, _ = rows_of(asked, [0], *reads, **files)
     lengths = sorted(
         total_tokens(row) for name in ("pool", "validation", "test") for row in made[name]
     )
@@ -116,7 +118,7 @@ def _fitting(under, model, path):
             "train_rows": max(1, min(under.data.train_rows, int(0.6 * share * usable))),
         }
         try:
-            rows_of(dataclasses.replace(asked, max_tokens=longest, **sizes), [0], count, **files)
+            rows_of(dataclasses.replace(asked, max_tokens=longest, **sizes), [0], *reads, **files)
             break
         except DataError:
             if share == 0.2:

@@ -1,6 +1,7 @@
 """The rows of a profile without writing any, as notebook 01 makes them, for `make check`."""
 
 from neft_utils.data import sources, splits
+from neft_utils.data.special_tokens import spells_no_special_token
 from neft_utils.train.encoding import count_tokens, encode
 
 SHOWN = 1200  # characters of the example's prompt and of its answer
@@ -10,13 +11,15 @@ def rows_of(
     config,
     seeds,
     count_tokens,
+    keeps=lambda row: True,
     sharegpt_json=None,
     mtbench_questions=None,
     mtbench_references=None,
 ):
     """(splits, manifest) of a data section, as notebook 01 makes them; nothing is written.
 
-    config: profiles.Data; seeds: one training subset each; count_tokens: see `splits.count`.
+    config: profiles.Data; seeds: one training subset each; count_tokens: see `splits.count`;
+    keeps: `special_tokens.spells_no_special_token` of the model's tokenizer.
     ShareGPT and MT-Bench come as paths of their files (`sources.source_files`). Raises DataError.
     """
     mtbench = mtbench_questions, mtbench_references
@@ -26,6 +29,7 @@ def rows_of(
         hashes |= sources.hashes_of(*mtbench)
         splits.count(ood, count_tokens)
     funnel = splits.Funnel(steps, rows)
+    funnel.keep("no special token spelled out", keeps)
     for _ in splits.sieve(funnel, config, count_tokens, ood):
         pass
     made = splits.split(funnel.rows, config) | {"ood": ood[: config.ood_rows]}
@@ -40,7 +44,8 @@ def check_rows(profile, tokenizer):
     """
     config, seeds = profile.data, profile.all_seeds()
     files = sources.source_files(config)
-    made, manifest = rows_of(config, seeds, count_tokens(tokenizer), **files)
+    keeps = spells_no_special_token(tokenizer)
+    made, manifest = rows_of(config, seeds, count_tokens(tokenizer), keeps, **files)
     first, *steps = manifest["funnel"]
     yield f"source: {first['rows']:,} {first['step']}"
     yield from (f"  {remark}" for remark in first.get("remarks", ()))

@@ -94,7 +94,8 @@ def test_no_key_of_the_environment_is_written_anywhere(nano):
 def test_it_says_how_far_it_is_and_ends_with_the_answer(nano):
     _, results, done = nano
     assert re.search(
-        r"\[ +[\d.]+ min\] \d+ of \d+ steps, (about \d+ min|under a minute) left · finished", done.stdout
+        r"\[ +[\d.]+ min\] \d+ of \d+ steps, (about \d+ min|under a minute) left · finished",
+        done.stdout,
     )
     rows = json.loads((results / "claims.json").read_text("utf-8"))
     primary = [row for row in rows if row["primary"]]
