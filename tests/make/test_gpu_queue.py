@@ -1,0 +1,243 @@
+"""The queue for a card: cut in the middle or killed there, it keeps what is whole and goes on.
+
+Its pieces are nano profiles on the CPU, by the same commands that a card runs.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import yaml
+from chains import command, copy_of_the_repository, files_of, neft, surroundings
+from test_faults import kill_all, wait_until
+
+from neft_utils.base.files import read_json, write_json
+from neft_utils.base.paths import PROFILES
+from neft_utils.base.strict import ConfigError
+from neft_utils.make import gpu_queue, gpu_tests, preflight
+from neft_utils.make.gpu_queue import Piece, look, pieces_named
+
+HAS_CARD = shutil.which("nvidia-smi") is not None
+# The notebooks' whole chain, but of each run only what makes it a run.
+SMALL = {"answer_prompts": 2, "max_new_tokens": 4, "answer_batch_size": 4}
+
+
+def small(tmp_path, name, seeds, **speed):
+    values = yaml.safe_load((PROFILES / "nano.yaml").read_text("utf-8"))
+    values |= {"seeds": seeds, "evaluate": SMALL}
+    values["speed"] |= speed
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(values), "utf-8")
+    return path
+
+
+def queue(folder, minutes, *profiles, **how):
+    names = " ".join(map(str, profiles))
+    return neft(folder, "gpu-queue", "--minutes", minutes, "--pieces", names, **how)
+
+
+def runs_of(folder, name):
+    """Folders of the runs that are whole."""
+    return {p.parent.name for p in (folder / "results/local" / name).glob("runs/*/scores.json")}
+
+
+def test_cut_and_killed_in_the_middle_it_goes_on_to_the_same_files(tmp_path):
+    folder = copy_of_the_repository(tmp_path / "clone")
+    first = small(tmp_path, "first", [0])
+    second = small(tmp_path, "second", [0, 1])
+    third = small(tmp_path, "third", [0], notebook_start=9000.0)  # as if it took hours
+    results = folder / "results" / "local"
+
+    # Killed, all of it, where the first piece trains; then again where it scores.
+    for step in ("03_finetune_qlora", "04_evaluate"):
+        process = subprocess.Popen(
+            command("gpu-queue", "--minutes", "30", "--pieces", str(first)),
+            cwd="/",
+            env=surroundings(folder),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        begun = results / "first" / "notebooks"
+        wait_until(lambda step=step, begun=begun: list(begun.glob(f".{step}*")), process, 300)
+        time.sleep(1)
+        kill_all(process.pid)
+        process.wait()
+    whole_before = runs_of(folder, "first")
+
+    done = queue(folder, 30, first)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "nothing is missing" in done.stdout and "runs/" not in done.stderr
+    assert runs_of(folder, "first") == {"base-s0", "baseline-s0", "neft_a15-s0"} > whole_before
+    assert not list((results / "first" / "notebooks").glob(".*.ipynb"))
+
+    # Time is over in the middle of the second piece; the third never fits.
+    minutes = 45 / 60
+    started = time.monotonic()
+    cut = queue(folder, minutes, first, second, third)
+    assert cut.returncode == 0, cut.stdout + cut.stderr
+    assert time.monotonic() - started < 60 * minutes + 20, cut.stdout  # Python's start and end
+    lines = cut.stdout.splitlines()
+    assert any("0 " + str(first) in line and line.endswith("done") for line in lines), lines
+    assert "stopped, time is over; what is whole is kept" in cut.stdout
+    skipped = next(line for line in lines if f" 2 {third}: skipped" in line)
+    assert "min at least" in skipped
+    assert f"missing: {third}: 3 of 3 runs (base-s0, baseline-s0, neft_a15-s0)" in cut.stdout
+    assert f"missing: {second}: " in cut.stdout and "the same command goes on" in cut.stdout
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(second) in str(p.info)]
+
+    # The next time it goes on, with what was whole as it was.
+    kept = {
+        run: (results / "second/runs" / run / "scores.json").stat().st_mtime_ns
+        for run in runs_of(folder, "second")
+    }
+    again = queue(folder, 30, first, second)
+    assert again.returncode == 0 and "nothing is missing" in again.stdout, again.stderr
+    for run, when in kept.items():
+        assert (results / "second/runs" / run / "scores.json").stat().st_mtime_ns == when
+    # One seed of the second is the first's run: cut and killed, they have the same bits.
+    alike = [files_of(results / name / "runs" / "neft_a15-s0") for name in ("first", "second")]
+    assert alike[0] == alike[1] and len(alike[0]) == 4
+
+    # Weights are left behind on a rented card; runs without them are no less whole.
+    shutil.rmtree(results / "first" / "runs" / "neft_a15-s0" / "adapter")
+    last = queue(folder, 5, first)
+    assert "nothing is missing" in last.stdout and "-- " not in last.stdout
+    # A run by other code is made again.
+    scores = results / "first" / "runs" / "neft_a15-s0" / "scores.json"
+    changed = read_json(scores)
+    changed["provenance"]["step_key"] = "another"
+    write_json(scores, changed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_queue, "Paths", lambda name, out: paths_below(folder, name))
+        state = look(Piece(str(first), "profile"), "results/local")
+    assert state.missing == "1 of 3 runs (neft_a15-s0)"
+
+
+def paths_below(folder, name):
+    from neft_utils.base.paths import Paths
+
+    return Paths(name, str(folder / "results" / "local"))
+
+
+@pytest.mark.skipif(HAS_CARD, reason="is about a machine without a GPU")
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--minutes", "10"], "gpu-queue needs a CUDA GPU and nvidia-smi lists none"),
+        (["--minutes", "soon"], "MINUTES must be how long the card is there, a number over 0"),
+        (["--minutes", "0"], "MINUTES must be how long the card is there, a number over 0"),
+        (["--minutes", "nan"], "MINUTES must be how long the card is there, a number over 0"),
+        (["--minutes", "5", "--pieces", "gpu-big"], "gpu-big"),
+    ],
+)
+def test_what_cannot_be_is_one_line(words, said, capsys):
+    from neft_utils.make.commands import main
+
+    assert main(["gpu-queue", *words]) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and said in lines[0], lines
+
+
+def card(folder, monkeypatch, mib, name="NVIDIA H100 80GB HBM3"):
+    """An nvidia-smi that lists one card, first on the path."""
+    tool = folder / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\necho '{name}, {mib}'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_a_card_too_small_for_a_piece_is_said_of_that_piece(tmp_path, monkeypatch):
+    card(tmp_path, monkeypatch, 8192)
+    bench, full, small = (look(piece, str(tmp_path)) for piece in gpu_queue.PIECES[1:5:1][:3])
+    assert bench.refused == "needs 24 GB of GPU memory, this card has 9"
+    assert small.refused.startswith("profile gpu-full needs 14 GB of GPU memory, NVIDIA H100")
+    assert full.refused == "" and full.missing.startswith("3 of 3 runs (base-s0, baseline-s0")
+
+
+def test_no_library_of_bitsandbytes_for_this_cuda_is_said(tmp_path, monkeypatch):
+    card(tmp_path, monkeypatch, 81559)
+    folders = {name: tmp_path / name for name in ("torch", "bitsandbytes")}
+    for folder in folders.values():
+        folder.mkdir()
+    monkeypatch.setattr(preflight, "_folder_of", folders.get)
+    (folders["torch"] / "version.py").write_text("cuda: Optional[str] = '13.0'\n")
+    qlora = Piece("gpu-qlora", "profile")
+    said = look(qlora, str(tmp_path)).refused
+    assert said.startswith("bitsandbytes has no library for CUDA 13.0, torch's here (it has none)")
+    library = folders["bitsandbytes"] / "libbitsandbytes_cuda128.so"
+    library.touch()
+    assert "(it has 128): install another" in look(qlora, str(tmp_path)).refused
+    library.rename(library.with_name("libbitsandbytes_cuda132.so"))
+    assert look(qlora, str(tmp_path)).refused == ""  # of the same major version
+    full = look(Piece("gpu-full", "profile"), str(tmp_path))  # holds no 4-bit weights
+    library.with_name("libbitsandbytes_cuda132.so").unlink()
+    assert full.refused == look(Piece("gpu-full", "profile"), str(tmp_path)).refused == ""
+    monkeypatch.setattr(preflight, "_folder_of", {"torch": folders["torch"]}.get)
+    assert "is not installed: run make env" in look(qlora, str(tmp_path)).refused
+
+
+def test_the_order_is_the_pieces_own_and_names_choose_among_them():
+    assert [piece.name for piece in pieces_named([])] == [
+        *("tests", "bench-gpu", "gpu-qlora", "gpu-full", "gpu-small", "gpu-ablations")
+    ]
+    chosen = pieces_named(["gpu-small", "bench-gpu", "mine.yaml"])
+    assert [(one.name, one.kind) for one in chosen] == [
+        *(("gpu-small", "profile"), ("bench-gpu", "bench"), ("mine.yaml", "profile"))
+    ]
+
+
+def test_the_bench_and_the_tests_are_done_when_their_files_say_so(tmp_path, monkeypatch):
+    bench, tests = Piece("bench-gpu", "bench"), Piece("tests", "tests")
+    rows = {"ours": {"real_tokens_per_second": {}}, "trl": {"skipped": "no time left"}}
+    write_json(tmp_path / "bench-gpu.json", {"rows": rows})
+    card(tmp_path, monkeypatch, 81559)
+    state = look(bench, str(tmp_path))
+    assert state.missing == "2 of 3 rows" and state.minutes == pytest.approx(2.8)
+    rows |= {"trl": rows["ours"], "ours_small_card": rows["ours"]}
+    write_json(tmp_path / "bench-gpu.json", {"rows": rows})
+    assert look(bench, str(tmp_path)).missing == ""
+    assert look(tests, str(tmp_path)).missing == "not run on this card"
+    commit = gpu_queue.git_state()["commit"]
+    ran = {"device": "NVIDIA H100 80GB HBM3", "commit": commit, "failed": 0, "names": []}
+    write_json(tmp_path / gpu_tests.RESULT, ran)
+    assert look(tests, str(tmp_path)).missing == ""
+    write_json(tmp_path / gpu_tests.RESULT, ran | {"failed": 1, "names": ["test_a"]})
+    state = look(tests, str(tmp_path))
+    assert (state.missing, state.refused) == ("test_a", "1 fail on this card")
+
+
+def test_the_tests_of_a_card_are_found_and_counted(tmp_path):
+    found = {path.name for path in gpu_tests.marked(gpu_tests.CODE / "tests")}
+    assert {"test_noise.py", "test_fast.py", "test_on_a_card.py"} <= found
+    with pytest.raises(FileNotFoundError):
+        gpu_tests.marked(tmp_path)
+    test = tmp_path / "test_some.py"
+    test.write_text(
+        "import pytest\ndef test_a(): pass\ndef test_b(): assert 0\n"
+        "@pytest.mark.skip\ndef test_c(): pass\n"
+    )
+    report = tmp_path / "report.xml"
+    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", str(test)]
+    subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True)
+    assert gpu_tests.counts(report) == {"passed": 1, "failed": 1, "skipped": 1, "names": ["test_b"]}
+
+
+def test_two_queues_in_one_folder_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_queue, "ROOT", tmp_path)
+    with (
+        gpu_queue._alone(),
+        pytest.raises(ConfigError, match="another gpu-queue is running"),
+        gpu_queue._alone(),
+    ):
+        pass
+    with gpu_queue._alone():  # and lets make reproduce run
+        lock = open(tmp_path / ".snakemake" / "reproduce.lock", "w")
+        gpu_queue.fcntl.flock(lock, gpu_queue.fcntl.LOCK_EX | gpu_queue.fcntl.LOCK_NB)
+    with pytest.raises(ConfigError, match="another make reproduce is running"), gpu_queue._alone():
+        pass
+    lock.close()
