@@ -6,6 +6,7 @@ other, and stops the last one in time; what is whole then is on disk, and the ne
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import fcntl
 import os
@@ -31,6 +32,7 @@ from neft_utils.make.plan import workers
 from neft_utils.make.progress import planned_seconds
 from neft_utils.make.workflow import one_line, own_code
 
+PR_SET_PDEATHSIG = 1
 STOPPING = 20  # seconds that a piece may take to stop before it is killed, within the time given
 
 
@@ -103,6 +105,8 @@ def run_queue(pieces, minutes, out):
             if not state.missing or state.refused or state.least > _left(end):
                 continue
             say(f"-- {piece.name}: {state.missing}, {_left(end):.1f} min left")
+            if piece.kind == "profile":
+                forget_outdated(load_profile(piece.name), out)
             outcome = _run([*state.command, *_time(piece, end)], end - STOPPING)
             if outcome == "failed":
                 failed.append(piece.name)
@@ -247,6 +251,24 @@ def is_current(profile, paths, arm, seed):
     return arm == BASE or config["step_key"] == step_key(profile, 3, arm, seed)
 
 
+def forget_outdated(profile, out):
+    """Delete what says that a run is whole where other code, settings or pins made it.
+
+    Snakemake would know by its own notes, but those stay behind when results are carried to another
+    machine: without them it would take the run as it is.
+    """
+    paths = Paths(profile.name, out)
+    for arm, seed in [(BASE, 0), *profile.runs()]:
+        run = paths.run(arm, seed)
+        if not (run / "scores.json").exists() or is_current(profile, paths, arm, seed):
+            continue
+        say(f"{run.name} is of other code or settings: it is made again")
+        (run / "scores.json").unlink()
+        config = read_json(run / "config.json") or {}
+        if arm != BASE and config.get("step_key") != step_key(profile, 3, arm, seed):
+            (run / profile.weights).unlink(missing_ok=True)
+
+
 # ------------------------------------------------------------------------------------ running it
 
 
@@ -258,7 +280,9 @@ def _time(piece, end):
 def _run(command, end):
     """Run a command until `end`, of time.monotonic(): "done", "failed" or "stopped"."""
     environment = dict(os.environ) | own_code(os.environ)
-    process = subprocess.Popen(command, env=environment, cwd=CODE, start_new_session=True)
+    process = subprocess.Popen(
+        command, env=environment, cwd=CODE, start_new_session=True, preexec_fn=_ends_with_us
+    )
     try:
         code = process.wait(timeout=max(0.0, end - time.monotonic()))
     except subprocess.TimeoutExpired:
@@ -268,6 +292,12 @@ def _run(command, end):
         _stop(process)
         raise
     return "failed" if code else "done"
+
+
+def _ends_with_us():
+    """In a command before it begins: interrupt it when the queue is killed, where Linux can."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGINT)
 
 
 def _stop(process):
