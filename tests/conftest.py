@@ -6,7 +6,8 @@ import signal
 import pytest
 
 # Longest first, so that no core idles at the end. The smoke chain fetches what others then use.
-LONG = ["test_smoke.py", "test_chain.py", "test_faults.py", "test_scale.py", "test_bench_gpu.py"]
+LONG = ["test_smoke.py", "test_chain.py", "test_faults.py", "test_scale.py", "test_gpu_queue.py"]
+LONG += ["test_bench_gpu.py"]
 
 if SIDE_BY_SIDE := "PYTEST_XDIST_WORKER" in os.environ:
     # Read when torch is imported: threads of processes that share cores wait for each other.

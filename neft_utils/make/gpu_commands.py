@@ -40,7 +40,8 @@ def bench_gpu(arguments):
 
 def gpu_queue(arguments):
     """The next most valuable things that are missing, as far as a card's time goes."""
-    from neft_utils.make.gpu_queue import pieces_named, run_queue
+    from neft_utils.make.gpu_pieces import pieces_named
+    from neft_utils.make.gpu_queue import run_queue
 
     return run_queue(pieces_named(arguments.pieces.split()), arguments.minutes, arguments.out)
 

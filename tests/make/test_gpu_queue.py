@@ -19,8 +19,8 @@ from test_faults import kill_all, wait_until
 from neft_utils.base.files import read_json, write_json
 from neft_utils.base.paths import PROFILES
 from neft_utils.base.strict import ConfigError
-from neft_utils.make import gpu_queue, gpu_tests, preflight
-from neft_utils.make.gpu_queue import Piece, look, pieces_named
+from neft_utils.make import gpu_pieces, gpu_queue, gpu_tests, preflight
+from neft_utils.make.gpu_pieces import PIECES, Piece, look, pieces_named
 
 HAS_CARD = shutil.which("nvidia-smi") is not None
 # The notebooks' whole chain, but of each run only what makes it a run.
@@ -135,7 +135,7 @@ def card(folder, monkeypatch, mib, name="NVIDIA H100 80GB HBM3"):
 
 def test_a_card_too_small_for_a_piece_is_said_of_that_piece(tmp_path, monkeypatch):
     card(tmp_path, monkeypatch, 8192)
-    bench, qlora, full = (look(piece, str(tmp_path)) for piece in gpu_queue.PIECES[1:4])
+    bench, qlora, full = (look(piece, str(tmp_path)) for piece in PIECES[1:4])
     assert bench.refused == "needs 24 GB of GPU memory, this card has 9"
     assert full.refused.startswith("profile gpu-full needs 14 GB of GPU memory, NVIDIA H100")
     assert qlora.refused == "" and qlora.missing.startswith("3 of 3 runs (base-s0, baseline-s0")
@@ -167,9 +167,9 @@ def test_the_order_is_the_pieces_own_and_names_choose_among_them():
     assert [piece.name for piece in pieces_named([])] == [
         *("tests", "bench-gpu", "gpu-qlora", "gpu-full", "gpu-small", "gpu-ablations")
     ]
-    chosen = pieces_named(["gpu-small", "bench-gpu", "mine.yaml"])
+    chosen = pieces_named(["gpu-small", "bench-gpu", "/mine.yaml"])
     assert [(one.name, one.kind) for one in chosen] == [
-        *(("gpu-small", "profile"), ("bench-gpu", "bench"), ("mine.yaml", "profile"))
+        *(("gpu-small", "profile"), ("bench-gpu", "bench"), ("/mine.yaml", "profile"))
     ]
 
 
@@ -184,7 +184,7 @@ def test_the_bench_and_the_tests_are_done_when_their_files_say_so(tmp_path, monk
     write_json(tmp_path / "bench-gpu.json", {"rows": rows})
     assert look(bench, str(tmp_path)).missing == ""
     assert look(tests, str(tmp_path)).missing == "not run on this card"
-    commit = gpu_queue.git_state()["commit"]
+    commit = gpu_pieces.git_state()["commit"]
     ran = {"device": "NVIDIA H100 80GB HBM3", "commit": commit, "failed": 0, "names": []}
     write_json(tmp_path / gpu_tests.RESULT, ran)
     assert look(tests, str(tmp_path)).missing == ""
