@@ -195,7 +195,7 @@ def test_the_bench_and_the_tests_are_done_when_their_files_say_so(tmp_path, monk
 
 def test_the_tests_of_a_card_are_found_and_counted(tmp_path):
     found = {path.name for path in gpu_tests.marked(gpu_tests.CODE / "tests")}
-    assert {"test_noise.py", "test_fast.py", "test_on_a_card.py"} <= found
+    assert {"test_noise.py", "test_noise_on_a_card.py", "test_on_a_card.py"} <= found
     with pytest.raises(FileNotFoundError):
         gpu_tests.marked(tmp_path)
     test = tmp_path / "test_some.py"

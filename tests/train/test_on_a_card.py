@@ -10,7 +10,7 @@ from bitsandbytes.nn import Linear4bit
 from tiny import CUT, Lab
 
 from neft_utils.base.profiles import Model
-from neft_utils.train import fast
+from neft_utils.train.attention import per_document_attention
 from neft_utils.train.base_models import load_base
 
 pytestmark = pytest.mark.gpu
@@ -36,7 +36,7 @@ def test_attention_of_a_whole_row_is_that_of_its_documents(heads, size, window):
     found = []
     for dtype in (torch.bfloat16, torch.float32):
         parts = [row.to(dtype).requires_grad_(True) for row in rows]
-        out, _ = fast.per_document_attention(None, *parts, None, **options)
+        out, _ = per_document_attention(None, *parts, None, **options)
         (out.float() * torch.linspace(-1, 1, size, device=DEVICE)).sum().backward()
         found.append([out, *(part.grad for part in parts)])
     for name, whole, single in zip(("out", "query", "key", "value"), *found, strict=True):
