@@ -49,12 +49,12 @@ def whole(results):
 
 def test_cut_and_killed_in_the_middle_it_goes_on(tmp_path):
     folder = copy_of_the_repository(tmp_path / "clone")
-    mine = small(tmp_path, "mine", [0, 1])
+    mine = small(tmp_path, "mine", [0, 1, 2])
     huge = small(tmp_path, "huge", [0], notebook_start=9000.0)  # as if it took hours
     results = folder / "results" / "local" / "mine"
 
     # Time is over in the middle of the first piece; the second never fits.
-    minutes, started = 55 / 60, time.monotonic()
+    minutes, started = 70 / 60, time.monotonic()
     cut = queue(folder, minutes, mine, huge)
     assert cut.returncode == 0, cut.stdout + cut.stderr
     assert time.monotonic() - started < 60 * minutes + 60, cut.stdout  # Python's start and end
@@ -81,13 +81,13 @@ def test_cut_and_killed_in_the_middle_it_goes_on(tmp_path):
     process.wait()
     assert {run: whole(results).get(run) for run in kept} == kept
     kept = whole(results)
-    assert 0 < len(kept) < 5
+    assert 0 < len(kept) < 7
 
     # The next time it goes on, with what was whole as it was.
     done = queue(folder, 60, mine)
     assert done.returncode == 0 and "nothing is missing" in done.stdout, done.stdout + done.stderr
     now = whole(results)
-    runs = {"base-s0", *(f"{arm}-s{seed}" for arm in ("baseline", "neft_a15") for seed in (0, 1))}
+    runs = {"base-s0", *(f"{arm}-s{n}" for arm in ("baseline", "neft_a15") for n in (0, 1, 2))}
     assert set(now) == runs and {run: now[run] for run in kept} == kept
     assert not list(results.glob("notebooks/.*.ipynb")) and (results / "claims.json").exists()
 
@@ -101,7 +101,7 @@ def test_cut_and_killed_in_the_middle_it_goes_on(tmp_path):
     changed["provenance"]["step_key"] = "another"
     write_json(scores, changed)
     again = queue(folder, 0.4, mine)
-    assert f"missing: {mine}: 1 of 5 runs (neft_a15-s0)" in again.stdout
+    assert f"missing: {mine}: 1 of 7 runs (neft_a15-s0)" in again.stdout
 
 
 @pytest.mark.skipif(HAS_CARD, reason="is about a machine without a GPU")
