@@ -3,14 +3,14 @@ PROFILE ?=
 PYTHON ?= python3
 BIN := .venv/bin
 # What people name is quoted for the shell and never expanded by make, which does so to export.
-unexport PROFILE PYTHON NAME MODEL ROWS CORES ENGINE ENGINE_OPTIONS PARTIAL
+unexport PROFILE PYTHON NAME MODEL ROWS CORES ENGINE ENGINE_OPTIONS PARTIAL MINUTES PIECES TO HAVE ONLY MB
 quoted = '$(subst ','\'',$(value $(1)))'
 option = $(if $(value $(1)),$(2)=$(call quoted,$(1)))
 # The code of this folder, also where .venv was copied with it from another.
 NEFT := PATH="$$PWD/$(BIN):$$PATH" PYTHONPATH="$$PWD" $(BIN)/python -m neft_utils
 WITH := $(call option,PROFILE,--profile)
 .DEFAULT_GOAL := help
-.PHONY: help env plan check profile smoke reproduce figures compare bench bench-gpu promote report test test-slurm test-faults test-all lint strip clean
+.PHONY: help env plan check profile smoke reproduce figures compare bench bench-gpu gpu-queue gpu-parcel gpu-unpack promote report test test-gpu test-slurm test-faults test-all lint strip clean
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -52,7 +52,16 @@ bench: env  ## time training and answering beside plain TRL (idle machine, a qua
 	@$(NEFT) bench $(WITH)
 
 bench-gpu: env  ## time a 7B-shaped QLoRA on one GPU beside plain TRL (random weights)
-	@$(NEFT) bench-gpu
+	@$(NEFT) bench-gpu $(call option,MINUTES,--minutes)
+
+gpu-queue: env  ## on a rented card: do what is missing and fits into MINUTES=15, and go on the next time
+	@$(NEFT) gpu-queue --minutes $(call quoted,MINUTES) $(call option,PIECES,--pieces)
+
+gpu-parcel: env  ## pack model, rows and packages for a card without a network, in pieces of 60 MB
+	@$(NEFT) gpu-parcel $(call option,TO,--to) $(call option,MB,--mb) $(call option,HAVE,--have) $(call option,ONLY,--only)
+
+gpu-unpack: env  ## put the pieces of gpu-parcel where they are looked for
+	@$(NEFT) gpu-unpack $(call option,TO,--of)
 
 promote: env  ## copy a complete run at a clean commit to results/reference (PARTIAL=yes: what is whole, to results/partial)
 	@$(NEFT) promote $(WITH) $(if $(PARTIAL),--partial)
@@ -66,6 +75,9 @@ test: env  ## lint, unit tests, nano and smoke chain (20 to 40 minutes on 2 core
 
 test-all: env  ## also what is slow or needs a GPU, Slurm, vLLM or the network
 	@PYTHONPATH="$$PWD" $(BIN)/python -m pytest -m ""
+
+test-gpu: env  ## the tests that need a card (gpu-queue runs them first)
+	@$(NEFT) gpu-tests
 
 test-faults: env  ## kill the nano chain at twenty points, fill its disk, interrupt it (half an hour)
 	@PYTHONPATH="$$PWD" $(BIN)/python -m pytest tests/make/test_faults.py -m "faults or not faults" -p no:cacheprovider

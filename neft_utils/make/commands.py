@@ -19,7 +19,7 @@ from neft_utils.base.plain import say
 from neft_utils.base.read_profile import load_profile
 from neft_utils.base.steps import CHAIN, ordered
 from neft_utils.base.strict import ConfigError
-from neft_utils.make import preflight
+from neft_utils.make import gpu_commands, preflight
 from neft_utils.make.plan import show_plan, workers
 from neft_utils.make.workflow import check_engine, execute, one_line, run_all, write_notebook
 
@@ -71,6 +71,8 @@ def _parser():
     sub.add_argument("--cores", type=int, default=None, help="runs side by side")
     sub.add_argument("--engine", default="local", help="local, or a Snakemake executor: slurm")
     sub.add_argument("--engine-options", default="", help="more arguments of Snakemake's")
+    text = "say other versions than the pinned ones in place of refusing them"
+    sub.add_argument("--any-versions", action="store_true", help=text)
     sub = command("profile", own_profile, "begin a profile of your own: NAME.yaml with comments")
     sub.add_argument("--name", default="", help="of the profile and its file")
     sub.add_argument("--model", help="a folder, or a hub id with @ and its commit")
@@ -82,7 +84,7 @@ def _parser():
     command("compare", compare, "hold local results against the reference")
     sub = command("bench", bench, "time ours beside plain TRL, to results/local/bench.json")
     sub.add_argument("--steps", type=int, default=6, help="optimiser steps a row, first not timed")
-    command("bench-gpu", bench_gpu, "the same for a 7B-shaped QLoRA on one GPU, random weights")
+    gpu_commands.add(command)
     command("report", report, "write a static HTML site of the results")
     command("readme", readme, "write the README's generated blocks anew from results/reference")
     command("strip", strip, "clear outputs of the source notebooks")
@@ -176,7 +178,7 @@ def reproduce(arguments):
         raise ConfigError(f"--cores must be at least 1, not {arguments.cores}")
     local = arguments.engine == "local"
     check_engine(arguments.engine)
-    for what, found in preflight.check(profile, here=local):
+    for what, found in preflight.check(profile, local, arguments.any_versions):
         say(f"{what}: {found}")
     count = workers(profile, arguments.cores) if local else arguments.cores or JOBS
     (ROOT / ".snakemake").mkdir(exist_ok=True)
@@ -256,20 +258,6 @@ def bench(arguments):
     found = measure(profile, reference, paths, arguments.steps)
     write_json(ROOT / paths.out / "bench.json", found)
     say(table(found))
-
-
-def bench_gpu(arguments):
-    """Speed and memory at Llama-2-7B's shape on one GPU, to bench-gpu.json."""
-    import torch
-
-    if not torch.cuda.is_available():
-        raise ConfigError("make bench-gpu needs a CUDA GPU: torch sees none")
-    from neft_utils.make.bench.gpu import bench_gpu as measure
-    from neft_utils.make.bench.gpu import format_table
-
-    found = measure()
-    write_json(ROOT / arguments.out / "bench-gpu.json", found)
-    say(format_table(found))
 
 
 def report(arguments):

@@ -2,14 +2,15 @@
 
 import math
 
-from neft_utils.base.estimate import estimate
+from neft_utils.base.estimate import estimate, measured_training
 from neft_utils.base.plain import say
 from neft_utils.make import preflight
 
 # A small model's run waits for its kernels to be launched, not for the card: on an H100 nine side
 # by side trained 9,600 tokens a second each, 86,000 together, and beside fewer neighbours one
-# trained 13,000 (results/LOG.md). A large model fills the card.
-SMALL_GB, SMALL_RUNS = 8, 9
+# trained 13,000 (results/LOG.md). A large model fills the card. A model of 270 million weights, all
+# of them trained, is a small one.
+SMALL_GB, SMALL_RUNS = 16, 9
 
 
 def workers(profile, asked=None):
@@ -46,6 +47,8 @@ def show_plan(profile, paths, side_by_side):
     minutes = total / side_by_side
     time = f"{minutes:.0f} minutes" if minutes < 200 else f"{minutes / 60:.1f} hours"
     kind = "measured" if profile.speed.measured else "estimated, not measured"
+    if found := measured_training(profile, paths):
+        kind = f"training measured by make bench-gpu on {found[1]}, the others {kind}"
     gpu = f", {profile.gpu_memory_gb:g} GB of GPU memory" if profile.gpu_memory_gb else ""
     say(
         f"about {time} with {side_by_side} side by side (speeds {kind}); each run"

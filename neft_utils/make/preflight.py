@@ -5,8 +5,10 @@ judge's key) is said. A profile for a GPU never falls back to the CPU without a 
 """
 
 import importlib.metadata
+import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -24,15 +26,18 @@ ALPACA_EVAL = 805  # prompts that it has
 LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container, bytes or "max"
 
 
-def check(profile, here=True):
+def check(profile, here=True, any_versions=False):
     """[(what, what was found)] of everything that was looked at, as text.
 
     here: whether the runs take place on this machine; on a cluster its nodes' device and memory
-    are the scheduler's to give. Raises ConfigError of one line for what cannot be.
+    are the scheduler's to give. any_versions: other versions than the pinned ones are said, not
+    refused. Raises ConfigError of one line for what cannot be.
     """
-    found = [("packages", _packages())]
+    found = [("packages", _packages(any_versions))]
     if here:
         found += [("device", _device(profile)), ("memory", _memory(profile))]
+        if profile.device == "cuda" and profile.model.base_weights != "bf16":
+            found.append(("4-bit weights", _bitsandbytes()))
     found.append(("disk", _disk(profile)))
     found.append(("model", _model(profile)))
     if fewer := _prompts(profile):
@@ -44,7 +49,7 @@ def check(profile, here=True):
     return found
 
 
-def _packages():
+def _packages(any_versions):
     wrong = []
     for name, version in pins().items():
         try:
@@ -53,9 +58,40 @@ def _packages():
             installed = "missing"
         if installed != version:
             wrong.append(f"{name} is {installed}, not {version}")
+    if wrong and any_versions:
+        return f"other versions than the pinned ones, which the tables will say: {'; '.join(wrong)}"
     if wrong:
         raise ConfigError(f"packages: {'; '.join(wrong[:3])}: run make env")
     return "as pinned"
+
+
+def _bitsandbytes():
+    """Which library of bitsandbytes serves torch's CUDA; ConfigError where it has none for it.
+
+    It takes one of the same major version. Neither package is imported: that takes seconds.
+    """
+    folders = {name: _folder_of(name) for name in ("torch", "bitsandbytes")}
+    if folders["bitsandbytes"] is None:
+        raise ConfigError("bitsandbytes, which makes 4-bit weights, is not installed: run make env")
+    cuda = None
+    if folders["torch"] is not None and (file := folders["torch"] / "version.py").exists():
+        found = re.search(r"^cuda\b.*=\s*['\"](\d+)\.(\d+)", file.read_text("utf-8"), re.M)
+        cuda = found and tuple(map(int, found.groups()))
+    if cuda is None:
+        return "torch is a build without CUDA here"  # which notebook 03 refuses
+    libraries = sorted(folders["bitsandbytes"].glob("libbitsandbytes_cuda*.so"))
+    versions = [library.stem.removeprefix("libbitsandbytes_cuda") for library in libraries]
+    if not any(version.startswith(str(cuda[0])) for version in versions):
+        raise ConfigError(
+            f"bitsandbytes has no library for CUDA {cuda[0]}.{cuda[1]}, torch's here (it has"
+            f" {', '.join(versions) or 'none'}): install another version of either"
+        )
+    return f"CUDA {cuda[0]}.{cuda[1]} by bitsandbytes ({', '.join(versions)})"
+
+
+def _folder_of(package):
+    spec = importlib.util.find_spec(package)
+    return Path(spec.origin).parent if spec and spec.origin else None
 
 
 def gpus():

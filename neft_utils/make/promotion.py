@@ -16,6 +16,7 @@ import tempfile
 
 import pandas as pd
 
+from neft_utils.base.estimate import BENCH_GPU
 from neft_utils.base.files import ROOT, read_json
 from neft_utils.base.keys import step_key
 from neft_utils.base.paths import BASE, PROFILES, REFERENCE, Paths
@@ -65,6 +66,8 @@ def promote(profile, paths, partial=False):
     _copy(profile, paths, target, {f"{arm}-s{seed}" for arm, seed in whole})
     if not partial:
         shutil.rmtree(part, ignore_errors=True)
+    if profile.device == "cuda":
+        keep_gpu_bench(ROOT / paths.out / BENCH_GPU, ROOT / REFERENCE / BENCH_GPU)
     without = f" without {', '.join(missing)}" if missing else ""
     return (
         f"promoted {len(whole)} runs of {commits.pop()[:12]}{without} to"
@@ -217,3 +220,19 @@ def _copy_bench(profile, paths, target, new):
         if found and found["profile"] == profile.name and not found["dirty"]:
             shutil.copy(measured, new / "bench.json")
             return
+
+
+def keep_gpu_bench(measured, kept):
+    """Copy what `make bench-gpu` measured at clean commits, unless another has more of its rows.
+
+    It is no profile's: `make plan` of every profile for a GPU reads it.
+    """
+    new, old = (_rows_measured(read_json(path)) for path in (measured, kept))
+    if new and len(new) >= len(old) and all(row["dirty"] is False for row in new):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(measured, kept)
+
+
+def _rows_measured(found):
+    rows = found["rows"].values() if found and found["shape"] != "tiny" else ()
+    return [row for row in rows if "skipped" not in row]

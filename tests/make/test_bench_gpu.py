@@ -1,13 +1,14 @@
 """The GPU table: its examples' lengths are Alpaca's, its rows run, and a row not run says why."""
 
 import importlib.util
+import json
 import math
 
 import pytest
 import torch
 
 from neft_utils.base.profiles import Model
-from neft_utils.make.bench import examples, gpu
+from neft_utils.make.bench import examples, gpu, gpu_row
 from neft_utils.train.base_models import load_tokenizer
 from neft_utils.train.encoding import alpaca_prompt
 
@@ -15,12 +16,29 @@ CUDA = torch.cuda.is_available()
 
 
 @pytest.fixture(scope="module")
-def tiny():
-    """The table of the tiny shape and what was said meanwhile."""
-    said = []
+def tiny(tmp_path_factory):
+    """The table of the tiny shape, what was said meanwhile, and the file that it went to.
+
+    Its time is cut in the middle, as on a rented card, and the next call measures what is missing.
+    """
+    said, keep = [], tmp_path_factory.mktemp("bench") / "bench-gpu.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        return gpu.bench_gpu("tiny", steps=3, say=said.append), said
+        patch.setattr(gpu, "ROWS", {"ours": "", "trl": ""})
+        gpu.bench_gpu("tiny", steps=3, say=said.append, keep=keep, minutes=0.001)
+        patch.undo()
+        patch.setenv("OMP_NUM_THREADS", "1")
+        whole = gpu.measure_row
+
+        def only_ours(kind, *how):
+            assert kind != "trl", "the kill"
+            return whole(kind, *how)
+
+        patch.setattr(gpu, "measure_row", only_ours)
+        with pytest.raises(AssertionError, match="the kill"):
+            gpu.bench_gpu("tiny", steps=3, say=said.append, keep=keep)
+        patch.setattr(gpu, "measure_row", whole)
+        return gpu.bench_gpu("tiny", steps=3, say=said.append, keep=keep), said, keep
 
 
 def test_the_stored_lengths_are_those_of_999_plausible_rows():
@@ -64,12 +82,12 @@ def test_examples_are_random_tokens_of_the_drawn_lengths():
 
 
 def test_tokens_of_a_forward_follow_the_memory_of_the_card():
-    sizes = [gpu.micro_batch_tokens("llama2-7b", gb * 1e9) for gb in (150, 84, 42, 25, 8)]
+    sizes = [gpu_row.micro_batch_tokens("llama2-7b", gb * 1e9) for gb in (150, 84, 42, 25, 8)]
     assert sizes == [16384, 8192, 4096, 1024, 512]
 
 
 def test_the_rows_really_run_and_give_every_key(tiny):
-    found, _ = tiny
+    found, *_ = tiny
     assert list(found["rows"]) == ["ours", "ours_small_card", "trl"]
     for kind in ("ours", "trl"):
         row = found["rows"][kind]
@@ -82,10 +100,36 @@ def test_the_rows_really_run_and_give_every_key(tiny):
     assert found["rows"]["ours"]["adapters"] == "float32"
     assert found["rows"]["ours"]["base_weights"] == "bf16"
     assert found["shape"] == "tiny" and found["device"] and found["versions"]["torch"]
-    assert "commit" in found and found["ratio_vs_trl"] > 0
+    assert "commit" in found["rows"]["ours"] and found["ratio_vs_trl"] > 0
+    assert 0 < found["rows"]["ours"]["noise_percent"] < 50 and row["noise_percent"] is None
+    assert found["rows"]["ours"]["peak_bf16_gflops"] > 0
     assert found["real_tokens_per_second"] == real_median(found, "ours")
     assert found["model_flops_utilisation"] > 0
     assert {goal["reached"] for goal in found["goals"].values()} == {None}  # of the 7B shape
+
+
+def test_time_cuts_the_table_between_rows_and_the_next_call_goes_on(tiny, monkeypatch):
+    found, said, keep = tiny
+    assert said[:2] == ["ours: skipped: no time left", "trl: skipped: no time left"]
+    ours = real_median(found, "ours")
+    assert f"ours: {ours:.0f} (measured before)" in said
+    assert json.loads(keep.read_text("utf-8")) == found
+
+    def none(*row):
+        raise AssertionError("nothing is left to measure but what cannot run here")
+
+    monkeypatch.setattr(gpu, "ROWS", {"ours": "", "trl": ""})
+    monkeypatch.setattr(gpu, "measure_row", none)
+    again = gpu.bench_gpu("tiny", steps=3, say=said.append, keep=keep)
+    assert again["real_tokens_per_second"] == ours
+    keep.write_text("{", "utf-8")
+    with pytest.raises(ValueError, match="bench-gpu.json is not JSON .*: delete it"):
+        gpu.bench_gpu("tiny", steps=3, keep=keep)
+
+
+def test_a_row_that_outlasts_its_time_is_stopped_and_says_so():
+    found = gpu.measure_row("ours", "tiny", 3, seconds=0.5)
+    assert found == {"skipped": "stopped: not done within 0.5 s"}
 
 
 def real_median(found, kind):
@@ -94,7 +138,7 @@ def real_median(found, kind):
 
 @pytest.mark.skipif(CUDA, reason="is about a machine without a GPU")
 def test_a_row_that_needs_a_gpu_says_so_in_result_table_and_words(tiny):
-    found, said = tiny
+    found, said, _ = tiny
     assert found["rows"]["ours_small_card"] == {"skipped": "needs a CUDA GPU"}
     assert found["small_card_peak_gb"] is None
     assert "ours_small_card: skipped: needs a CUDA GPU" in said
@@ -114,7 +158,7 @@ def test_goals_are_judged_for_the_large_shape(monkeypatch):
     row |= {"peak_memory_gb": 12.5, "model_flops_utilisation": 0.5}
     slow = row | {"real_tokens_per_second": rate | {"median": 6000.0}}
     rows = {"ours": row, "ours_small_card": row, "trl": slow}
-    monkeypatch.setattr(gpu, "measure_row", lambda kind, shape, steps: rows[kind])
+    monkeypatch.setattr(gpu, "measure_row", lambda kind, *how: rows[kind])
     found = gpu.bench_gpu(say=lambda line: None)
     reached = {name: goal["reached"] for name, goal in found["goals"].items()}
     assert found["ratio_vs_trl"] == 2.5
@@ -159,6 +203,7 @@ def test_the_small_card_row_trains_on_four_bits_with_checkpointing(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.slow  # make bench-gpu, which comes next on a card, does it too
 def test_a_7b_model_trains_on_a_gpu():
     row = gpu.measure_row("ours", "llama2-7b", 2)
     assert row["real_tokens_per_second"]["median"] > 0, row

@@ -926,7 +926,6 @@ def test_the_default_dtype_changes_nothing(dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("distribution", ["uniform", "gaussian", "rademacher"])
 def test_noise_is_identical_on_every_device(distribution):
     batch, options = ragged(), {"distribution": distribution}

@@ -202,21 +202,3 @@ def test_attention_with_a_mask_equals_transformers_on_a_left_padded_batch():
     model.set_attn_implementation("eager")
     theirs = model(input_ids=ids, attention_mask=real.long(), position_ids=position).logits
     torch.testing.assert_close(ours[real], theirs[real], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.gpu
-def test_flash_attention_on_a_gpu_equals_one_document_at_a_time():
-    torch.manual_seed(0)
-    lengths = [5, 64, 200]
-    offsets = torch.tensor([0, 5, 69, 269], dtype=torch.int32)
-    query, key, value = (
-        torch.randn(1, heads, 269, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
-        for heads in (9, 3, 3)
-    )
-    options = {"cu_seq_lens_q": offsets.cuda(), "max_length_q": 200, "scaling": 64**-0.5}
-    flash, _ = fast.per_document_attention(None, query, key, value, None, **options)
-    one_by_one, _ = fast.per_document_attention(
-        None, *(x.float() for x in (query, key, value)), None, **options
-    )
-    assert sum(lengths) == flash.shape[1]
-    torch.testing.assert_close(flash.float(), one_by_one, rtol=2e-2, atol=2e-2)
