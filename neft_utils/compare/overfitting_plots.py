@@ -1,0 +1,70 @@
+"""The picture of `overfitting`: held-out loss against training loss, one curve an arm."""
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.lines import Line2D
+
+from neft_utils.compare import curves
+from neft_utils.compare.plots import colour_of
+from neft_utils.compare.run_plots import BASELINE, styled, wrapped
+
+ALT = (
+    "Loss on held-out rows against loss on training rows, one curve an arm, from before training on"
+    " the left to its end on the right; thin lines are single runs."
+)
+
+
+def words_of(arm, profile):
+    """What a reader calls an arm: "noise, α = 15", "LoRA dropout 0.1", "no noise", else its name."""
+    change, recipe = profile.arms[arm], profile.recipe(arm)
+    said = [f"noise, α = {change.noise_alpha:g}"] if change.noise_alpha else []
+    if change.lora_dropout:
+        said.append(f"LoRA dropout {recipe.lora_dropout:g}")
+    if arm == profile.confirmatory.control:
+        said = ["no noise"]
+    same = [n for n, a in profile.arms.items() if a.noise_alpha == change.noise_alpha]
+    alone = len(same) == 1 or bool(change.lora_dropout) or arm == profile.confirmatory.control
+    return " and ".join(said) if said and alone else arm
+
+
+@styled
+def held_out_against_training(found, profile, title):
+    """Validation content NLL against training content NLL: seeds thin, an arm's mean thick.
+
+    found: of `curves.read`. Training goes to the right, as its loss falls; the lower curve at the
+    same place is better there. A ring marks the mean's best epoch, a square the end of training.
+    Epochs that not all runs of an arm have are left out of its mean.
+    """
+    figure, axis = plt.subplots(figsize=(6.4, 4.6))
+    arms = [arm for arm in profile.arms if any(arm == name for name, _ in found)]
+    handles = []
+    for arm in arms:
+        colour = colour_of(arm, list(profile.arms), profile.confirmatory.control)
+        tables = [curves.by_epoch(curve) for (name, _), curve in found.items() if name == arm]
+        for table in tables:
+            line = {"color": colour, "linewidth": 0.7, "alpha": 0.45}
+            axis.plot(
+                table[f"{curves.TRAIN}_content"], table[f"{curves.VALIDATION}_content"], **line
+            )
+        mean = pd.concat(tables).groupby(level=0)
+        mean = mean.mean()[mean.size() == len(tables)]
+        x, y = (mean[f"{split}_content"] for split in (curves.TRAIN, curves.VALIDATION))
+        axis.plot(x, y, ".-", color=colour, linewidth=2.2, markersize=6)
+        best, mark = y.idxmin(), {"color": colour, "zorder": 5, "linestyle": ""}
+        axis.plot(x[best], y[best], "o", markersize=10, markerfacecolor="none", **mark)
+        axis.plot(x.iloc[-1], y.iloc[-1], "s", markersize=7, **mark)
+        runs = f"{len(tables)} runs" if len(tables) > 1 else "one run"
+        label = f"{words_of(arm, profile)} ({runs})"
+        handles.append(Line2D([], [], color=colour, linewidth=2.2, label=label))
+    axis.invert_xaxis()
+    axis.set(
+        xlabel="loss on the training rows, nats per token (training goes this way →)",
+        ylabel="loss on held-out rows, nats per token (↓ better)",
+        title=wrapped(title),
+    )
+    grey = {"color": BASELINE, "linestyle": ""}
+    handles.append(Line2D([], [], marker="o", markerfacecolor="none", label="best epoch", **grey))
+    handles.append(Line2D([], [], marker="s", label="end of training", **grey))
+    handles.append(Line2D([], [], color=BASELINE, linewidth=0.7, label="thin: single runs"))
+    figure.legend(handles=handles, loc="outside lower left", ncols=2, fontsize=9)
+    return figure
