@@ -14,18 +14,19 @@ COLUMNS = ["epoch", "split", "row", "n_tokens", "nll", "end_nll"]
 TRAIN, VALIDATION = "train", "validation"
 
 
-def curve_of(run, name="this run"):
+def curve_of(run):
     """A run's table with its content apart, or None where the run has no such file.
 
     run: of `runs.load_runs`. DataFrame epoch, split, row, n_tokens (of the response, its end
     included), end_nll (nats) and content_nll (nats per token; NaN for a response that is its end
-    alone). name: of the run, for messages. Raises ConfigError of one line for missing columns,
-    losses that are not finite, and epochs that have not all the same rows.
+    alone). Raises ConfigError of one line, which names the run, for missing columns, losses that
+    are not finite, and epochs that have not all the same rows.
     """
     table = run["curve"]
     if table is None or table.empty:
         return None
-    file = f"{name}: its losses_by_epoch.csv"
+    about = run["provenance"]
+    file = f"losses_by_epoch.csv of run {about['arm']}-s{about['seed']}"
     if missing := [column for column in COLUMNS if column not in table]:
         raise ConfigError(f"{file} has no {', '.join(missing)}: run make reproduce")
     losses = table[["nll", "end_nll"]].apply(pd.to_numeric, errors="coerce")
@@ -55,7 +56,7 @@ def read(runs):
     """{(arm, seed): `curve_of`} of the runs that scored their training rows on the way too."""
     found = {}
     for key, run in runs.items():
-        curve = curve_of(run, "run {}-s{}".format(*key))
+        curve = curve_of(run)
         if curve is not None and {TRAIN, VALIDATION} <= set(curve.split):
             found[key] = curve
     return found

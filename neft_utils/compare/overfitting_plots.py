@@ -1,10 +1,13 @@
 """The picture of `overfitting`: held-out loss against training loss, one curve an arm."""
 
+import dataclasses
+
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.lines import Line2D
 
 from neft_utils.compare import curves
+from neft_utils.compare.claims import only_alpha
 from neft_utils.compare.plots import colour_of
 from neft_utils.compare.run_plots import BASELINE, styled, wrapped
 
@@ -15,16 +18,19 @@ ALT = (
 
 
 def words_of(arm, profile):
-    """What a reader calls an arm: "noise, α = 15", "LoRA dropout 0.1", "no noise", else its name."""
-    change, recipe = profile.arms[arm], profile.recipe(arm)
+    """What a reader calls an arm: "noise, α = 15", "LoRA dropout 0.1", "no noise".
+
+    Its name where that would not say what it changes.
+    """
+    change, pair = profile.arms[arm], profile.confirmatory
+    if not only_alpha(dataclasses.replace(change, lora_dropout=None)) or change.data_fraction < 1:
+        return arm
     said = [f"noise, α = {change.noise_alpha:g}"] if change.noise_alpha else []
     if change.lora_dropout:
-        said.append(f"LoRA dropout {recipe.lora_dropout:g}")
-    if arm == profile.confirmatory.control:
-        said = ["no noise"]
-    same = [n for n, a in profile.arms.items() if a.noise_alpha == change.noise_alpha]
-    alone = len(same) == 1 or bool(change.lora_dropout) or arm == profile.confirmatory.control
-    return " and ".join(said) if said and alone else arm
+        said.append(f"LoRA dropout {change.lora_dropout:g}")
+    if arm == pair.control and profile.arms[pair.treatment].noise_alpha:
+        return "no noise"
+    return " and ".join(said) or arm
 
 
 @styled
@@ -68,3 +74,15 @@ def held_out_against_training(found, profile, title):
     handles.append(Line2D([], [], color=BASELINE, linewidth=0.7, label="thin: single runs"))
     figure.legend(handles=handles, loc="outside lower left", ncols=2, fontsize=9)
     return figure
+
+
+def finding(compared, profile):
+    """A title: what the confirmatory treatment shows at equal training loss, else the first arm.
+
+    compared: `overfitting.comparisons`, at least one.
+    """
+    wanted = [o for o in compared if (o.moment, o.measure) == ("equal_fit", "content_nll")]
+    treatment = profile.confirmatory.treatment
+    one = next((o for o in wanted if o.contrast.treatment == treatment), wanted[0])
+    words = words_of(one.contrast.treatment, profile)
+    return f"{words[:1].upper()}{words[1:]}, control stopped at equal training loss: {one.verdict}"
