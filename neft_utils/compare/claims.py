@@ -121,8 +121,8 @@ def arms_of(pair, profile):
     if pair == "low_data":
         small = [n for n, a in noisy.items() if a.data_fraction < 1]
         arm = min(small, key=lambda n: profile.arms[n].data_fraction, default=None)
-        whole = first if profile.data.train_rows <= FEW_ROWS else None
-        return Contrast(arm, (profile.control_of(arm),)) if arm else whole
+        few = first if profile.data.train_rows <= FEW_ROWS else None
+        return Contrast(arm, (profile.control_of(arm),)) if arm else few
     if pair == "alpha":
         weaker = [n for n in whole if noisy[n].noise_alpha < usual]
         arm = min(weaker, key=lambda n: noisy[n].noise_alpha, default=None)
@@ -221,7 +221,7 @@ def ledger(runs, seeds, profile, decoding):
 
 def _unmeasured(claim, profile, older):
     """What a verdict says where there is no number: why, or which profile can answer."""
-    if older and claim.metric in ("end_nll", "content_nll"):
+    if older and claim.metric in ("end_nll", "content_nll") and not claim.quotes:
         return {"missing": OLDER}
     return {"elsewhere": None if claim.elsewhere == profile.name else claim.elsewhere}
 
