@@ -114,8 +114,10 @@ def arms_of(pair, profile):
     plain = [n for n, a in profile.arms.items() if a.noise_alpha == 0 and n != control]
     whole = [n for n, a in noisy.items() if a.data_fraction == 1 and only_alpha(a)]
     usual = profile.arms[treatment].noise_alpha
-    if pair in ("confirmatory", "equal_length", "equal_fit"):
+    if pair in ("confirmatory", "equal_length"):
         return first
+    if pair == "equal_fit":
+        return first if overfitting.alike(profile, treatment) else None
     if pair == "other_family":
         return None if profile.model.source in FAMILY else first
     if pair == "low_data":
@@ -192,7 +194,7 @@ def ledger(runs, seeds, profile, decoding):
             values = views[views["view"] == "tanh"].estimate.dropna()
             if len(values):
                 found[name] = stats.seed_interval(values.to_numpy())
-        elif claim.pair == "equal_fit":
+        elif claim.pair == "equal_fit" and pairs[name] is not None:
             by_epoch = curves.read(runs)
             found[name] = overfitting.contrast(by_epoch, pairs[name], "equal_fit", "content_nll")
         elif pairs[name] is not None and not claim.quotes:

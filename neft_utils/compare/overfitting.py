@@ -63,6 +63,12 @@ class Comparison:
         return text
 
 
+def alike(profile, arm):
+    """Whether an arm has another one as its control, which trains on the same rows."""
+    control = profile.control_of(arm)
+    return arm != control and profile.data_fraction(arm) == profile.data_fraction(control)
+
+
 def pairs_of(found, pair):
     """Seeds of which both the treatment and its one control are there, sorted.
 
@@ -125,12 +131,13 @@ def contrast(found, pair, moment, measure):
 def comparisons(found, profile):
     """A `Comparison` of every arm with its control at every moment, in every measure.
 
-    Arms without a pair of such runs are left out. Not corrected for how many there are.
+    Left out are arms without a pair of such runs, and those that train on other rows than their
+    control. Not corrected for how many there are.
     """
     out = []
     for arm in profile.arms:
         pair = Contrast(arm, (profile.control_of(arm),))
-        if arm == profile.control_of(arm) or not (seeds := pairs_of(found, pair)):
+        if not alike(profile, arm) or not (seeds := pairs_of(found, pair)):
             continue
         for moment in MOMENTS:
             for measure in MEASURES:
@@ -178,7 +185,7 @@ def stops(found, profile):
             for split in (curves.TRAIN, curves.VALIDATION):
                 row[f"{split}_{word}"] = means.loc[epoch, f"{split}_content"]
         pair, epochs = Contrast(arm, (profile.control_of(arm),)), None
-        if arm not in pair.controls and seed in pairs_of(found, pair):
+        if alike(profile, arm) and seed in pairs_of(found, pair):
             epochs = epochs_at(found, pair, seed, "equal_fit")
         rows.append({**row, "equal_fit": epochs[1] if epochs else math.nan})
     return pd.DataFrame(rows)

@@ -221,6 +221,19 @@ def test_an_arm_is_held_against_its_own_control():
     assert {one.pairs for one in found if one.contrast.treatment == "dropout"} == {1}
 
 
+def test_an_arm_of_other_rows_than_its_control_has_is_left_out():
+    half = dataclasses.replace(PROFILE.arms["neft_a15"], data_fraction=0.5)
+    profile = dataclasses.replace(PROFILE, arms={**PROFILE.arms, "half": half})
+    runs = pairs(seeds=[0])
+    some = runs["neft_a15", 0]["curve"]
+    less = some[(some.split == "validation") | (some.row < 6)]
+    found = curves.read(runs | {("half", 0): run_of(less)})
+    compared = overfitting.comparisons(found, profile)
+    assert {one.contrast.treatment for one in compared} == {"neft_a15"}
+    stops = overfitting.stops(found, profile).set_index("arm")
+    assert math.isnan(stops.equal_fit["half"]) and stops.best_epoch["half"] >= 0
+
+
 def test_a_response_that_is_its_end_alone_has_an_end_and_no_content():
     table = curve({0: [1.0, 1.0], 1: [0.5, 0.5]}, {0: [1.0, 1.0], 1: [2.0, 2.0]}, tokens=[1, 11])
     runs = {(arm, s): run_of(table) for arm in ("baseline", "neft_a15") for s in (0, 1)}
