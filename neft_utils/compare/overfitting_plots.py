@@ -39,21 +39,24 @@ def held_out_against_training(found, profile, title):
 
     found: of `curves.read`. Training goes to the right, as its loss falls; the lower curve at the
     same place is better there. A ring marks the mean's best epoch, a square the end of training.
-    Epochs that not all runs of an arm have are left out of its mean.
+    Means are over the seeds that all arms have, since the rows of some seeds are harder than those
+    of others (over all of an arm's, where they share none), and over epochs that all of these have.
     """
-    figure, axis = plt.subplots(figsize=(6.4, 4.6))
+    figure, axis = plt.subplots(figsize=(6.4, 5.2))
     arms = [arm for arm in profile.arms if any(arm == name for name, _ in found)]
+    shared = set.intersection(*({s for name, s in found if name == arm} for arm in arms))
     handles = []
     for arm in arms:
         colour = colour_of(arm, list(profile.arms), profile.confirmatory.control)
-        tables = [curves.by_epoch(curve) for (name, _), curve in found.items() if name == arm]
-        for table in tables:
+        tables = {s: curves.by_epoch(curve) for (name, s), curve in found.items() if name == arm}
+        for table in tables.values():
             line = {"color": colour, "linewidth": 0.7, "alpha": 0.45}
             axis.plot(
                 table[f"{curves.TRAIN}_content"], table[f"{curves.VALIDATION}_content"], **line
             )
-        mean = pd.concat(tables).groupby(level=0)
-        mean = mean.mean()[mean.size() == len(tables)]
+        some = [table for seed, table in tables.items() if seed in shared or not shared]
+        mean = pd.concat(some).groupby(level=0)
+        mean = mean.mean()[mean.size() == len(some)]
         x, y = (mean[f"{split}_content"] for split in (curves.TRAIN, curves.VALIDATION))
         axis.plot(x, y, ".-", color=colour, linewidth=2.2, markersize=6)
         best, mark = y.idxmin(), {"color": colour, "zorder": 5, "linestyle": ""}
@@ -72,6 +75,12 @@ def held_out_against_training(found, profile, title):
     handles.append(Line2D([], [], marker="o", markerfacecolor="none", label="best epoch", **grey))
     handles.append(Line2D([], [], marker="s", label="end of training", **grey))
     handles.append(Line2D([], [], color=BASELINE, linewidth=0.7, label="thin: single runs"))
+    if shared:
+        seeds = ", ".join(map(str, sorted(shared)))
+        thick = (
+            f"thick: mean of seed {seeds}" if len(shared) == 1 else f"thick: mean of seeds {seeds}"
+        )
+        handles.append(Line2D([], [], color=BASELINE, linewidth=2.2, label=thick))
     figure.legend(handles=handles, loc="outside lower left", ncols=2, fontsize=9)
     return figure
 

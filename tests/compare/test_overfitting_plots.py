@@ -52,9 +52,22 @@ def test_a_thick_curve_an_arm_a_thin_one_a_run_and_training_goes_right():
         "noise, α = 15 (2 runs)",
         "LoRA dropout 0.1 (2 runs)",
     ]
-    assert names[3:] == ["best epoch", "end of training", "thin: single runs"]
+    last = "thick: mean of seeds 0, 1"
+    assert names[3:] == ["best epoch", "end of training", "thin: single runs", last]
     drawn.draw_without_rendering()
     assert not drawn.legends[0].get_window_extent().overlaps(axis.get_tightbbox())
+
+
+def test_means_are_over_the_seeds_that_all_arms_have():
+    """Rows of one seed may be harder than another's, and means would differ by that."""
+    found = some_runs()
+    del found["dropout", 1]
+    drawn = overfitting_plots.held_out_against_training(found, PROFILE, "A title")
+    for arm, line in zip(("baseline", "neft_a15", "dropout"), thick(drawn.axes[0]), strict=True):
+        own = curves.by_epoch(found[arm, 0]).validation_content
+        assert list(line.get_ydata()) == pytest.approx(own.tolist())
+    names = [text.get_text() for text in drawn.legends[0].get_texts()]
+    assert "no noise (2 runs)" in names and names[-1] == "thick: mean of seed 0"
 
 
 def test_the_title_says_what_equal_training_loss_shows():
