@@ -18,10 +18,11 @@ def made_run(nll, seconds=10.0, tokens=10, end_nll=0.5, **tables):
     about = {"phase_seconds": {"losses": 1.0, "answers": 0.0}}
     return {
         "scores": {"provenance": about},
-        "provenance": {"train_seconds": seconds},
+        "provenance": {"arm": "made", "seed": 0, "train_seconds": seconds},
         "generations": pd.DataFrame(),
         "noise": None,
         "log": pd.DataFrame({"validation_nll": [2.0, 1.9]}),
+        "curve": None,
         **empty,
         "losses": losses,
         **tables,
@@ -39,3 +40,19 @@ def answers(lengths, decoding=DECODING):
     columns = ["set", "example_id", "decoding", "n_tokens", "stopped", "text"]
     rows = [("test", f"e{i}", decoding, n, True, "") for i, n in enumerate(lengths)]
     return pd.DataFrame(rows, columns=columns)
+
+
+def curve(train, validation, tokens=10, end_nll=0.5):
+    """losses_by_epoch.csv of a run, as `run["curve"]` has it.
+
+    train, validation: {epoch: content NLL of each row, nats per token}; tokens, end_nll: of every
+    row, or a list that begins with each row's.
+    """
+    rows, size = [], max(len(c) for levels in (train, validation) for c in levels.values())
+    each, ends = (x if isinstance(x, list) else [x] * size for x in (tokens, end_nll))
+    for split, levels in (("train", train), ("validation", validation)):
+        for epoch, contents in levels.items():
+            for row, content in enumerate(contents):
+                n, end = each[row], ends[row]
+                rows.append((epoch, split, row, n, (content * (n - 1) + end) / n, end))
+    return pd.DataFrame(rows, columns=["epoch", "split", "row", "n_tokens", "nll", "end_nll"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 from neft_utils.base.files import ROOT, read_json
 from neft_utils.base.paths import BASE, REFERENCE
@@ -13,6 +14,9 @@ from neft_utils.base.steps import CHAIN
 SLOWER = {"train": 4.9, "forward": 7.4, "answers": 2.5}
 BENCH_GPU = "bench-gpu.json"  # what `make bench-gpu` writes, and `make promote` keeps
 SHAPES = {"NousResearch/Llama-2-7b-hf": "llama2-7b"}  # model -> the shape that has its sizes there
+# How many times longer training with LoRA dropout takes on a CPU, where the lean product of
+# adapters serves dropout 0 alone (results/LOG.md, cpu-long of 2026-11-26).
+WITH_DROPOUT = 1.5
 
 
 def estimate(profile, paths):
@@ -32,10 +36,10 @@ def estimate(profile, paths):
         rows.train_rows * profile.data_fraction(arm) * profile.recipe(arm).epochs * total
         for arm, _ in runs
     )
+    training = sum(_training_seconds(profile, arm, total, speed) for arm, _ in runs)
     scored_train = min(asked.train_rows or rows.train_rows, rows.train_rows)
     fixed = scored_train + rows.validation_rows + rows.test_rows
-    checks = len(runs) * (profile.train.epochs + 1) * rows.validation_rows * total
-    scored = len(models) * (fixed * total + rows.ood_rows * 300) + checks
+    scored = len(models) * (fixed * total + rows.ood_rows * 300)
     answering = sum(profile.answers(*model) for model in models)
     prompts = asked.answer_prompts + asked.answer_prompts_without_penalty
     prompts += len(asked.shown_prompts) + asked.alpaca_eval_prompts
@@ -52,11 +56,31 @@ def estimate(profile, paths):
     seconds = measuring * (passes / speed.forward + extra * length / speed.answers)
     return [
         ("prepare, explain, compare", once, 0, once * start + 60),
-        ("fine-tune", len(runs), train, len(runs) * start + train / speed.train),
+        ("fine-tune", len(runs), train, len(runs) * start + training),
         ("score losses", len(models), scored, len(models) * start + scored / speed.forward),
         ("answer prompts", answering, answers, answers / speed.answers),
         ("secondary measures", measuring, measured, seconds),
     ]
+
+
+def scored_on_the_way(profile, arm):
+    """How many rows a run of an arm scores before training, every few epochs and at its end.
+
+    Validation rows, and where `train.validate_train` asks for it the rows that it trains on.
+    """
+    recipe, data = profile.recipe(arm), profile.data
+    times = 1 + math.ceil(recipe.epochs / recipe.validate_epochs)
+    own = data.train_rows * profile.data_fraction(arm) if recipe.validate_train else 0
+    return times * (data.validation_rows + own)
+
+
+def _training_seconds(profile, arm, length, speed):
+    """Seconds of one training without its notebook's start, at `length` tokens a row."""
+    recipe = profile.recipe(arm)
+    rows = profile.data.train_rows * profile.data_fraction(arm) * recipe.epochs
+    slower = WITH_DROPOUT if recipe.lora_dropout and profile.device == "cpu" else 1
+    steps = slower * rows / speed.train
+    return length * (steps + scored_on_the_way(profile, arm) / speed.forward)
 
 
 def speed_here(profile, paths):

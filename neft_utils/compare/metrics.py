@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 
 from neft_utils.base.profiles import LEADERBOARD
+from neft_utils.compare import curves
 from neft_utils.compare.words import LOG_RATIO, Quantity
 
 # Metric -> (unit, what it is). The order is the order of the tables' columns.
@@ -18,6 +19,8 @@ METRICS = {
     "train_nll": ("nats/token", "NLL of the run's own training responses, by tokens, noise off"),
     "gap": ("nats/token", "test_nll minus train_nll"),
     "best_validation_nll": ("nats/token", "lowest validation NLL over epochs (exploratory)"),
+    "best_content_nll": ("nats/token", "content NLL of validation rows at each run's best epoch"),
+    "equal_fit_content_nll": ("nats/token", "the same, control stopped at equal training loss"),
     "answer_tokens": ("tokens", "length of the answers, arithmetic mean"),
     "stop_rate": ("share", "answers that ended by themselves"),
     "p_end": ("share", "probability of the end of turn where the reference answer ends"),
@@ -68,6 +71,11 @@ _WORDS = {
         "lower": "narrower",
     },
     "best_validation_nll": {"subject": "the lowest validation loss is", **_LOSS},
+    "best_content_nll": {"subject": "at each run's best epoch, the loss on content is", **_LOSS},
+    "equal_fit_content_nll": {
+        "subject": "at equal training loss, the loss on held-out content is",
+        **_LOSS,
+    },
     "weight_rise": {"subject": "the harm of perturbed weights is", **_LOSS},
     "typo_rise": {"subject": "the harm of typos is", **_LOSS},
     "arithmetic": {"subject": "arithmetic is", "higher": "better", "lower": "worse", "better": 1},
@@ -148,6 +156,8 @@ def per_item(run, name, decoding):
     if name in RISES:
         values = _rise(run["perturbed_losses"], RISES[name])
         return None if values is None else _equally(values)
+    if name == "best_content_nll":
+        return _at_best_epoch(run)
     if name not in ITEMS or run[ITEMS[name][0]].empty:
         return None
     table, rows, item, column = ITEMS[name]
@@ -181,6 +191,15 @@ def per_item(run, name, decoding):
 def mean(items):
     """The weighted mean of what `per_item` returns."""
     return float(np.average(items.value, weights=items.weight))
+
+
+def _at_best_epoch(run):
+    """Content of every validation row at the run's best epoch, None without losses by epoch."""
+    curve = curves.curve_of(run)
+    if curve is None or curves.VALIDATION not in set(curve.split):
+        return None
+    rows = curves.rows_at(curve, curves.VALIDATION, curves.best_epoch(curve))
+    return pd.DataFrame({"value": rows.content_nll, "weight": rows.tokens}).dropna()
 
 
 def _equally(values):

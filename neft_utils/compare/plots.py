@@ -232,7 +232,7 @@ def ledger(findings):
 
     findings: from `claims.ledger`.
     """
-    shown = [row for row in findings if row.verdict.testable]
+    shown = [row for row in findings if row.verdict.testable and not row.claim.quotes]
     figure, axis = plt.subplots(figsize=(8.4, 1.2 + 0.42 * max(len(shown), 3)))
     for place, row in enumerate(reversed(shown)):
         numbers = (row.interval.ci_low, row.interval.estimate, row.interval.ci_high)

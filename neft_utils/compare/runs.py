@@ -41,9 +41,10 @@ def load_runs(folder, profile=None):
     """{(arm, seed): run} of the finished runs below `folder`.
 
     A run is a dict: scores and provenance, `generations` and each of FILES as DataFrames (empty
-    where nothing was asked), and `noise` and `log` (train_log.csv) for trained ones. profile: only
-    its runs, in its order, so none of an earlier version of it. ConfigError for a run that lacks
-    one of FILES.
+    where nothing was asked), and for trained ones `noise`, `log` (train_log.csv) and `curve`
+    (losses_by_epoch.csv; None for the others and where an older version trained). profile: only its
+    runs, in its order, so none of an earlier version of it. ConfigError for a run that lacks one of
+    FILES.
     """
     runs = {}
     for scores in sorted(folder.glob("*/scores.json")):
@@ -54,7 +55,7 @@ def load_runs(folder, profile=None):
                 f"run {run.name} has no {', '.join(missing)}: an older version of the code scored"
                 " it, or files were deleted: run make reproduce"
             )
-        log = run / "train_log.csv"
+        log, curve = run / "train_log.csv", run / "losses_by_epoch.csv"
         runs[about["arm"], about["seed"]] = {
             "scores": json.loads(scores.read_text("utf-8")),
             "provenance": about,
@@ -62,6 +63,7 @@ def load_runs(folder, profile=None):
             "generations": pd.DataFrame(read_jsonl(run / "generations.jsonl")),
             "noise": read_json(run / "noise.json"),
             "log": pd.read_csv(log) if log.exists() else None,
+            "curve": pd.read_csv(curve) if curve.exists() else None,
         }
     if profile is None:
         return runs

@@ -142,7 +142,8 @@ def lines_to_add():
 
 def evidence(results):
     """What is seen among the secondary claims, the ledger, and the table of all metrics by arm."""
-    tested = [row for row in results.ledger.values() if row.verdict.testable and not row.primary]
+    rows = [row for row in results.ledger.values() if not (row.primary or row.claim.quotes)]
+    tested = [row for row in rows if row.verdict.testable]
     found = [row for row in tested if row.verdict.seen]
     text = (
         f"Of {len(tested)} secondary claims that could be tested, {len(found)} show a difference."

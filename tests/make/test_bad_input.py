@@ -90,6 +90,14 @@ def no_end(place):
     tokenizer.save_pretrained(place)
 
 
+def base_without_end(place):
+    """A base model: no chat template, and here no end of sequence either."""
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    tokenizer.chat_template = tokenizer.eos_token = None
+    (place / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(place)
+
+
 def more_tokens(place):
     tokenizer = AutoTokenizer.from_pretrained(place)
     tokenizer.add_tokens([f"<extra {n}>" for n in range(50)])
@@ -223,6 +231,7 @@ CASES = {
     "weights that are no numbers": (own_model(not_a_number), "not finite (model.layers.0.mlp.up"),
     "no tokenizer": (own_model(without("tokenizer")), "no tokenizer that can be read"),
     "a tokenizer that ends nothing": (own_model(no_end), "has no eos_token"),
+    "a base model that ends nothing": (own_model(base_without_end), "has no eos_token"),
     "another model's tokenizer": (own_model(more_tokens), "and its tokenizer 308: take the"),
     "a configuration that is no JSON": (
         own_model(lambda place: (place / "config.json").write_text("{")),

@@ -240,14 +240,16 @@ def test_a_promoted_bench_ran_at_a_clean_commit(stored):
 
 
 def test_figures_exist_as_png_and_svg(stored):
-    _, folder = stored
+    profile, folder = stored
+    answered = any(profile.answers(*run) for run in profile.runs())
     names = {path.name for path in (folder / "figures").iterdir()}
     for stem in (
         "02_noise_energy",
         "02_effective_alpha",
         "05_learning_curves",
         "05_confirmatory",
-        "05_answer_length",
+        *(["05_answer_length"] if answered else []),
+        *(["05_overfitting"] if profile.train.validate_train else []),
         "05_ledger",
         "06_leaderboard",
         "06_length_control",

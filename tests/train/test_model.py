@@ -98,6 +98,16 @@ def test_a_model_without_chat_template_gets_the_alpaca_prompt(tokenizer):
     assert text.endswith("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:")
 
 
+def test_a_base_model_without_a_beginning_of_text_gets_none(tokenizer):
+    """Some families have no such token; nothing is made up in its place."""
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = plain.bos_token = None
+    text = plain.decode(prompt_ids(plain, "Name a colour."))
+    assert text.startswith("Below is an instruction")
+    one = encode(plain, {"prompt": "Name a colour.", "response": "Red"})
+    assert one["input_ids"][-1] == plain.eos_token_id and sum(one["completion_mask"]) > 1
+
+
 @pytest.mark.parametrize("ends", [False, True])
 def test_what_a_tokenizer_appends_is_not_put_before_the_answer(tokenizer, ends):
     """With a template or without, the end of sequence stands where the answer ends, and only there.

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from neft_utils.base.files import sha256_file
 from neft_utils.base.read_profile import load_profile
 from neft_utils.base.strict import ConfigError
+from neft_utils.compare import curves
 from neft_utils.data.sources import DataError
 from neft_utils.noise import NEFTuneCallback
 from neft_utils.train import record, run_log
@@ -286,6 +287,12 @@ def test_losses_are_written_every_few_epochs_of_the_training_rows_too(lab):
     assert at_last.n_tokens.tolist() == [sum(one["completion_mask"]) for one in names["train"]]
     first = curve[(curve.epoch == 0) & (curve.split == "train")]
     assert at_last.nll.mean() < first.nll.mean()
+    # What notebook 5 makes of the file: content alone, by tokens.
+    read = curves.curve_of({"curve": curve, "provenance": {"arm": "neft_a15", "seed": 0}})
+    means, sizes = curves.by_epoch(read), at_last.n_tokens
+    content = (at_last.nll * sizes - at_last.end_nll).sum() / (sizes - 1).sum()
+    assert means.train_content[3] == pytest.approx(content)
+    assert list(means.index) == [0, 2, 3] and curves.best_epoch(read) in means.index
 
 
 @pytest.mark.parametrize(
