@@ -32,7 +32,7 @@ SECONDARY = ("held_out_loss", "less_overfitting")  # shown under the primary one
 
 def lead(results):
     """The README's first block: the figure, then `headline`."""
-    path = figure(results)
+    path = lead_figure(results.folder)
     if path is None:
         return headline(results)
     return f'<img src="{path.relative_to(ROOT)}" width="720" alt="{described(path)}">\n\n' + (
@@ -40,9 +40,9 @@ def lead(results):
     )
 
 
-def figure(results):
-    """Path of the first of FIGURES that the results have; None without any."""
-    paths = (results.folder / "figures" / f"{name}.png" for name in FIGURES)
+def lead_figure(folder):
+    """Path of the first of FIGURES that a folder of results has; None without any."""
+    paths = (folder / "figures" / f"{name}.png" for name in FIGURES)
     return next((path for path in paths if path.exists()), None)
 
 

@@ -20,13 +20,14 @@ from neft_utils.make.others import others_table
 from neft_utils.make.pages import claim_of
 from neft_utils.make.promotion import PARTIAL
 
+README = ROOT / "README.md"
 PAPER, PACKED = "paper; this repository", "axolotl, TRL: packed to 2048"  # rules of notebook 2
 BLOCK = re.compile(r"(<!-- (\w+):([\w,-]+) -->\n)(.*?)(<!-- /\2 -->)", re.S)
 
 
 def pages():
     """The files that may hold blocks: README.md and docs/*.md."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [README, *sorted(README.parent.glob("docs/*.md"))]
 
 
 def notebooks(results):

@@ -16,6 +16,7 @@ from neft_utils.base.steps import CHAIN
 from neft_utils.compare.metrics import METRICS
 from neft_utils.compare.tables import main_markdown
 from neft_utils.compare.words import digits_of, plain, show, size
+from neft_utils.make.front import lead_figure
 from neft_utils.make.pages import image, markdown
 
 
@@ -63,12 +64,13 @@ def verdict(claims, source):
             f'<br><span class="number">{estimate} {interval}</span> {unit}:'
             f" {_safe(row, 'contrast')}, {html.escape(metric)}</p>"
         )
-    figure = _figure(source / "figures" / "05_confirmatory.png")
+    shown = lead_figure(source)
+    figure = _figure(shown) if shown else ""
     return f"""<div class="verdict">
 {"".join(said)}
 <p>Means over paired seeds and their 95 % intervals.</p>
 </div>
-{figure or missing("figure of the paired seeds", "run make figures")}"""
+{figure or missing("figure of the end of turn", "run make figures")}"""
 
 
 def main_table(path):
@@ -139,7 +141,7 @@ def _figure(path, caption=""):
 def figures(source, pages):
     found = []
     for path in sorted(source.glob("figures/*.png")):
-        if path.stem == "05_confirmatory":  # it stands beside the verdict
+        if path == lead_figure(source):  # it stands beside the verdict
             continue
         home = next((n for n, p in pages.items() if p["step"][:2] == path.stem[:2]), None)
         caption = _link(home, f"Notebook {path.stem[:2]}") if home else ""

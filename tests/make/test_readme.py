@@ -150,13 +150,15 @@ def test_the_first_profile_that_answers_everything_is_shown(tmp_path):
 
 def test_the_figure_is_our_own_question_where_it_is_drawn(tmp_path):
     results = made(tmp_path / "cpu", True)
-    assert front.figure(results) is None and front.lead(results) == front.headline(results)
+    assert front.lead_figure(results.folder) is None and front.lead(results) == front.headline(
+        results
+    )
     figures = tmp_path / "cpu" / "figures"
     figures.mkdir()
     for name in ("06_length_change", "05_end_of_turn"):
         shutil.copy(ROOT / REFERENCE / "cpu" / "figures" / "06_length_change.png", figures)
         (figures / "06_length_change.png").rename(figures / f"{name}.png")
-        assert front.figure(results).stem == name
+        assert front.lead_figure(results.folder).stem == name
 
 
 def test_what_is_not_tested_is_what_no_stored_results_answer(monkeypatch, tmp_path):
@@ -254,7 +256,7 @@ def test_rows_differ_more_than_seeds_do():
 
 def test_no_stored_run_turns_upward_or_holds_four_bits():
     """What notebook 5, the README and the FAQ say of all stored runs."""
-    assert said("its weights rounded to 4 bits and computed in bf16")
+    assert said("its weights rounded to 4 bits and computed in bf16; no stored run kept 4 bits")
     assert said("In no stored run does the validation loss rise in the last epoch", "faq.md")
     curves = list(ROOT.glob("results/*/*/runs/*/train_log.csv"))
     assert len(curves) > 50
