@@ -98,7 +98,7 @@ def scope(results):
     text = (
         f"That holds for {model} and {rows} a run ({how}, α = {treatment.noise_alpha:g}), in"
         f" {pairs} {'pair' if pairs == 1 else 'pairs'} of runs that differ in the noise alone"
-        f" (profile `{profile.name}`)."
+        f" (profile `{profile.name}`); brackets are 95 % intervals."
     )
     return f"{text} Not tested here: {_listed(untested())}."
 

@@ -184,7 +184,7 @@ def arrives(rule, layout, lengths=LENGTHS, hidden_size=HIDDEN_SIZE, noise_alpha=
 
 def library_table():
     """The README's table as Markdown: a row a library, a column a layout."""
-    heads = ["library", *LAYOUTS, "read in", "note"]
+    heads = ["library", *LAYOUTS, "version, date", "note"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for one in LIBRARIES:
         cells = [_range(one, layout) for layout in LAYOUTS]
