@@ -118,22 +118,21 @@ def untested():
 
 
 def expected(results):
-    """The primary answers that `make reproduce` of this profile is expected to end with."""
+    """The primary numbers that `make reproduce` of this profile is expected to end with."""
     lines = []
     for one in results.primary:
         if not one.verdict.testable:
             continue
-        line = f"- *{one.claim.text}* {one.verdict.sentence}"
+        unit = one.verdict.quantity.unit
+        line = f"- {_subject(one).capitalize()}: {with_interval(one.interval, unit)}"
         tolerance, _ = held(one.interval, one.interval)
         if math.isfinite(tolerance):
-            unit = one.verdict.quantity.unit
             within = f"{show(size(tolerance, unit), digits_of(unit))} {plain(unit)}"
-            line += f" In numbers {with_interval(one.interval, unit)};"
-            line += f" yours may differ by {within}."
-        lines += lines_of(line, "  ")
+            line += f"; yours may differ by {within}"
+        lines += lines_of(f"{line}.", "  ")
     missing = [_subject(one) for one in results.primary if not one.verdict.testable]
     if missing:
-        text = f"- Also {_listed(missing)}, which the stored runs do not have yet."
+        text = f"- {_listed(missing).capitalize()}, which the stored runs do not have yet."
         lines += lines_of(text, "  ")
     return "\n".join(lines) + "\n"
 

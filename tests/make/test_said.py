@@ -187,3 +187,9 @@ def test_what_fine_tuning_alone_does_is_in_the_table():
     for name in ("verifiable_length_up", "verifiable_length_down", "verifiable_neutral"):
         before, after = main[name][BASE], main[name]["baseline"]
         assert f"`{name}` {before:.2f} to {after:.2f}" in sentence
+
+
+def test_seeds_of_a_small_pool_share_rows():
+    assert said("as `gpu-small` does, its seeds share most of their rows", "how_sure.md")
+    rows = read_json(ROOT / REFERENCE / "gpu-small" / "manifest.json")["rows"]
+    assert rows["train-s0"] > 0.75 * rows["pool"]
