@@ -14,6 +14,7 @@ from neft_utils.base.files import ROOT
 from neft_utils.base.paths import PROFILES, REFERENCE
 from neft_utils.compare import facts
 from neft_utils.compare.agreement import held
+from neft_utils.compare.runs import MissingRuns, OtherVersions
 from neft_utils.compare.words import LOG_RATIO, digits_of, plain, show, size, with_interval
 
 # The first that there is stands at the top: our own question, else the public answers'.
@@ -81,10 +82,21 @@ def rest(results):
         if not one.verdict.seen and one.verdict.testable
     ]
     missing = [_subject(one) for one in results.primary if not one.verdict.testable]
-    if missing:
-        why = "[docs/evidence.md](docs/evidence.md) says why"
-        said.append(f"Not measured in these runs: {_listed(missing)}; {why}.")
+    short = [f"Not measured in these runs: {_listed(missing)}."] if missing else []
+    short += [
+        _short(one) for one in results.caveats if isinstance(one, MissingRuns | OtherVersions)
+    ]
+    if short:
+        said += [*short, "[docs/evidence.md](docs/evidence.md) says why and which."]
     return " ".join(said)
+
+
+def _short(caveat):
+    """A caveat without its list: runs that are missing, versions other than the pinned ones."""
+    if isinstance(caveat, OtherVersions):
+        return "Some versions are not the pinned ones."
+    whole = len(caveat.there) + len(caveat.missing)
+    return f"Not complete: {len(caveat.there)} of the profile's {whole} runs are there."
 
 
 def scope(results):

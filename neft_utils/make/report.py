@@ -101,6 +101,7 @@ def index_page(profile, source, pages, local):
         sections.ledger(claims),
         "<h3>Every metric, by arm</h3>",
         sections.main_table(source / "tables" / "main.csv"),
+        *(markdown(str(one)) for one in (results.caveats if claims and results.runs else ())),
         "<h2>How sure are we?</h2>",
         _summary(answers.certainty, results),
         "<h2>How much of it is length?</h2>",

@@ -130,7 +130,8 @@ def test_the_first_profile_that_answers_everything_is_shown(tmp_path):
     assert readme.chosen("a,b", of.get) is old and readme.chosen("a,c", of.get) is new
     assert readme.chosen("c,a", of.get) is new
     text = front.headline(old)
-    assert "Not measured in these runs: the end of turn and the loss on what answers say" in text
+    text = " ".join(text.split())
+    assert "Not measured in these runs: the end of turn and the loss on what answers say." in text
     assert "no end_nll: scored by an older version" in text
     assert "the end of turn" in front.expected(old).splitlines()[-1]
     text = " ".join(front.headline(new).split())
