@@ -136,7 +136,7 @@ def test_the_first_profile_that_answers_everything_is_shown(tmp_path):
     assert "the end of turn" in front.expected(old).splitlines()[-1]
     text = " ".join(front.headline(new).split())
     assert "Not measured" not in text and "no end_nll" not in text
-    assert "**With noise, the end of turn is less likely by 0.1" in text
+    assert text.startswith("**With noise, ") and "the end of turn is less likely by 0.1" in text
     assert "in 3 pairs of runs that differ in the noise alone (profile `cpu`)" in text
     assert front.expected(new).count("; yours may differ by ") == 3
     assert "- The end of turn: +0.1" in front.expected(new)
