@@ -77,7 +77,7 @@ def index_page(profile, source, pages, local):
     made = {
         "What we found": [
             f"<p>In profile <code>{html.escape(profile.name)}</code>:</p>",
-            sections.verdict(claims, source),
+            sections.lead(source),
             _summary(front.headline, results),
             markdown(_prose(said, "What we found")),
         ],
@@ -97,6 +97,7 @@ def index_page(profile, source, pages, local):
             parts += made.get(head) or [markdown(_prose(said, head))]
     parts += [
         "<h2>The evidence</h2>",
+        sections.verdict(claims),
         "<h3>Every claim</h3>",
         sections.ledger(claims),
         "<h3>Every metric, by arm</h3>",

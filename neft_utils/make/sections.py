@@ -49,8 +49,14 @@ def _safe(row, key):
     return html.escape(str(row.get(key) or ""))
 
 
-def verdict(claims, source):
-    """The primary answers in words and numbers, with their figure."""
+def lead(source):
+    """The figure that the README begins with, where it is drawn."""
+    path = lead_figure(source)
+    return _figure(path) if path else missing("figure of the end of turn", "run make figures")
+
+
+def verdict(claims):
+    """The primary answers in words and numbers."""
     rows = [one for one in claims or [] if one.get("primary")]
     if not rows:
         return missing("primary verdict", "run make reproduce, which ends with it")
@@ -64,13 +70,10 @@ def verdict(claims, source):
             f'<br><span class="number">{estimate} {interval}</span> {unit}:'
             f" {_safe(row, 'contrast')}, {html.escape(metric)}</p>"
         )
-    shown = lead_figure(source)
-    figure = _figure(shown) if shown else ""
     return f"""<div class="verdict">
 {"".join(said)}
 <p>Means over paired seeds and their 95 % intervals.</p>
-</div>
-{figure or missing("figure of the end of turn", "run make figures")}"""
+</div>"""
 
 
 def main_table(path):
