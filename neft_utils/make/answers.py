@@ -2,69 +2,22 @@
 
 Every function takes `compare.results.Results` and returns Markdown. Numbers and sentences come
 from the runs' files; `published/` and coverage.csv are read as notebooks 6 and 5 left them.
-The README shows the answers for the promoted profiles, and the report's index for any results.
+The pages of docs/ show the answers for promoted profiles, and the report's index for any results.
 """
 
 import json
-import math
 import statistics
-import textwrap
 
 import pandas as pd
 
 from neft_utils.base.files import ROOT, read_json
 from neft_utils.base.paths import BASE, NOTEBOOKS, REFERENCE, STEPS
 from neft_utils.compare import facts, published_views
-from neft_utils.compare.agreement import held
 from neft_utils.compare.claims import claims_markdown, dose, only_alpha
 from neft_utils.compare.expected import duration, notebook_seconds
 from neft_utils.compare.tables import Contrast, main_markdown
-from neft_utils.compare.words import LOG_RATIO, digits_of, plain, show, size, with_interval
-
-
-def headline(results):
-    """The primary answers; table paper | public leaderboard | ours, without noise and with."""
-    pair = facts.leaderboard_pair()
-    found = read_json(results.folder / "published/comparison.json")
-    raw = (found["raw_difference"], *found["raw_ci"]) if found else ()
-    board = "Leaderboard: the authors' Alpaca model beside another"
-    rows = [
-        ("Paper's headline: LLaMA-2-7B on Alpaca; win rate, %", *_paper("1/7", "Alpaca", 2)),
-        ("… length of its answers, characters", *_paper("4", "Alpaca", 0)),
-        (
-            "Paper, nearest to ours: LLaMA-2-7B on ShareGPT; win rate, %",
-            *_paper("1/7", "ShareGPT", 2),
-        ),
-        ("… length of its answers, characters", *_paper("4", "ShareGPT", 0)),
-        (f"{board}; win rate, %", *_sides(pair["raw"][:2], 1, *raw)),
-        ("… the same, length-controlled, %", *_sides(pair["length_controlled"][:2], 1)),
-    ]
-    names = [one.id for one in results.primary]
-    for name in (*names, "held_out_loss", "less_overfitting"):
-        row = results.ledger[name]
-        unit = row.verdict.quantity.unit
-        shown = "tokens, geometric mean" if unit == LOG_RATIO else plain(unit)
-        rows.append((f"**Ours**: `{row.claim.metric}`, {shown}", *_ours(results, row)))
-    lines = [f"- *{one.claim.text}* **{one.verdict.sentence}**" for one in results.primary]
-    lines = [line for one in lines for line in _filled(one)]
-    heads = "| | without noise | with noise | difference [95 % interval] |"
-    lines += ["", heads, "|---|---|---|---|"]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([*lines, *_notes(results)]) + "\n"
-
-
-def expected(results):
-    """The primary answers that `make reproduce` of this profile is expected to end with."""
-    lines = []
-    for one in results.primary:
-        line = f"- *{one.claim.text}* {one.verdict.sentence}"
-        tolerance, _ = held(one.interval, one.interval)
-        if math.isfinite(tolerance):
-            unit = one.verdict.quantity.unit
-            within = f"{show(size(tolerance, unit), digits_of(unit))} {plain(unit)}"
-            line += f" In numbers {_estimate(one)}; yours may differ by {within}."
-        lines += _filled(line)
-    return "\n".join(lines) + "\n"
+from neft_utils.compare.words import digits_of, plain, show, size, with_interval
+from neft_utils.make.front import described, filled, lines_of
 
 
 def certainty(results):
@@ -94,7 +47,7 @@ def certainty(results):
             lines += ["|---" * (1 + len(plan)) + "|"]
         cells = [show(x, digits_of(unit)) for x in (size(x, unit) for x in plan.detectable)]
         lines.append(f"| `{one.claim.metric}`, {plain(unit)} | " + " | ".join(cells) + " |")
-    return "\n".join([textwrap.fill(text, 96), "", *lines, ""])
+    return "\n".join([filled(text), "", *lines, ""])
 
 
 def length(results):
@@ -107,7 +60,16 @@ def length(results):
         f" answers: {_estimate(ours)}, *{ours.verdict}*. Whether they are better at equal length:"
         f" *{judged.verdict}*."
     )
-    return f"{textwrap.fill(text, 96)}\n\n{published_views.as_markdown(views)}"
+    return f"{filled(text)}\n\n{published_views.as_markdown(views)}"
+
+
+def length_picture(results):
+    """The figure of the published gain over the change of length, as docs/length.md shows it."""
+    name = "figures/06_length_change.png"
+    path = results.folder / name
+    if not path.exists():
+        return ""
+    return f"![{described(path)}](../{path.relative_to(ROOT)})\n"
 
 
 def cost(results):
@@ -141,7 +103,9 @@ def lines_to_add():
 
 
 def evidence(results):
-    """What is seen among the secondary claims, the ledger, and the table of all metrics by arm."""
+    """What is seen among primary and other claims, the ledger, the table of all metrics by arm."""
+    first = [f"- *{one.claim.text}* **{one.verdict.sentence}**" for one in results.primary]
+    first = [line for one in first for line in lines_of(one, "  ")]
     rows = [row for row in results.ledger.values() if not (row.primary or row.claim.quotes)]
     tested = [row for row in rows if row.verdict.testable]
     found = [row for row in tested if row.verdict.seen]
@@ -149,18 +113,54 @@ def evidence(results):
         f"Of {len(tested)} secondary claims that could be tested, {len(found)} show a difference."
     )
     differ = [f"- *{r.claim.text}* **{r.verdict.sentence}** {r.claim.note}" for r in found]
-    differ = [line for one in differ for line in _filled(one)]
-    answer = "\n".join([textwrap.fill(text, 96), "", *differ]).rstrip()
+    differ = [line for one in differ for line in lines_of(one, "  ")]
+    answer = "\n".join([*first, "", filled(text), "", *differ]).rstrip()
+    tuned = f"\n{filled(fine_tuning(results))}\n" if fine_tuning(results) else ""
     notes = "".join(f"\n{one}\n" for one in results.caveats)
     return f"""\
 {answer}
 
-{claims_markdown(results.ledger.values())}{notes}
+{claims_markdown(results.ledger.values())}{tuned}{notes}
 <details><summary>All metrics by arm</summary>
 
 {main_markdown(results.main)}{notes}
 </details>
 """
+
+
+def fine_tuning(results):
+    """What fine-tuning alone does to following instructions, in a sentence; "" where unmeasured."""
+    names = [name for name in results.seeds if name.startswith("verifiable_")]
+    control = results.profile.confirmatory.control
+    means = results.seeds.groupby("arm")[names].mean()
+    if not {BASE, control} <= set(means.index):
+        return ""
+    both = means.loc[[BASE, control]].dropna(axis=1)
+    said = [f"`{name}` {both[name][BASE]:.2f} to {both[name][control]:.2f}" for name in both]
+    if not said:
+        return ""
+    return f"Fine-tuning alone, without noise, moves following instructions: {', '.join(said)}."
+
+
+def overlap(results):
+    """How many test rows stored profiles share, lest they be taken for separate evidence."""
+    rows, said = {results.folder.name: _test_rows(results.folder)}, []
+    for folder in sorted((ROOT / REFERENCE).iterdir()):
+        if folder.name not in rows and (other := _test_rows(folder)):
+            (name, mine), *_ = rows.items()
+            both, pair = len(mine & other), f"`{name}` ({len(mine)}) and `{folder.name}`"
+            said.append(f"{pair} ({len(other)}): {both or 'none'}")
+    if not said:
+        return "No other profile has stored results.\n"
+    return filled(f"Test rows in common: {'; '.join(said)}.") + "\n"
+
+
+def _test_rows(folder):
+    """Ids of the test rows that the untrained model was scored on; an empty set without it."""
+    path = folder / "runs" / f"{BASE}-s0" / "losses.csv"
+    if not path.exists():
+        return set()
+    return set(pd.read_csv(path).query("split == 'test'").example_id)
 
 
 def curve(results):
@@ -174,7 +174,7 @@ def curve(results):
     text += f", {first.interval.n_seeds} seed pairs and {first.interval.n_examples} test rows."
     text += f" Held-out loss: {_estimate(first)}, {first.verdict}."
     text += f" Length of the answers: {longer.verdict}."
-    lines = [textwrap.fill(text, 96), ""]
+    lines = [filled(text), ""]
     heads = "α | noise RMS / embedding RMS | runs | pairs | test loss minus control, nats/token"
     lines += [f"| {heads} |", "|---" * 5 + "|"]
     noisy = {arm: change for arm, change in profile.arms.items() if change.noise_alpha}
@@ -211,50 +211,13 @@ def rules(results):
     return "\n".join([*lines, *_notes(results)]) + "\n"
 
 
-# What the README can show; the report shows the first four.
-ANSWERS = (headline, certainty, length, cost, evidence, curve, rules, expected)
+# What the pages of docs/ show.
+ANSWERS = (certainty, length, length_picture, cost, evidence, overlap, curve, rules)
 
 
 def _notes(results):
     """The caveats, a paragraph each."""
-    return [f"\n{textwrap.fill(str(one), 96)}" for one in results.caveats]
-
-
-def _filled(item):
-    """An item of a list in lines of a readable length."""
-    return textwrap.wrap(item, 96, subsequent_indent="  ", break_on_hyphens=False)
-
-
-def _paper(table, data, digits):
-    """Cells of the paper's LLaMA-2-7B on a data set: win rates (1/7) or characters (4)."""
-    metric = "win_rate_vs_davinci003" if table == "1/7" else "response_chars"
-    found = facts.paper_results().query("table == @table and train_data == @data")
-    pair = found[found.metric == metric].value.tolist()
-    *sides, change = _sides(pair, digits)
-    return *sides, change if table == "1/7" else f"{change} (× {pair[1] / pair[0]:.2f})"
-
-
-def _sides(sides, digits, estimate=None, low=None, high=None):
-    """Cells: value without, value with, difference with its interval.
-
-    estimate: the difference, where it is not that of the sides.
-    """
-    without, noisy = sides
-    estimate = noisy - without if estimate is None else estimate
-    span = "" if low is None else f" [{low:+.{digits}f}, {high:+.{digits}f}]"
-    return f"{without:.{digits}f}", f"{noisy:.{digits}f}", f"{estimate:+.{digits}f}{span}"
-
-
-def _ours(results, row):
-    """The same cells of a `Finding`: means over its seed pairs, lengths as geometric means."""
-    if row.interval is None:
-        return "–", "–", str(row.verdict)
-    unit = row.verdict.quantity.unit
-    wide = results.seeds.pivot(index="seed", columns="arm", values=row.claim.metric)
-    without = wide[list(row.contrast.controls)].mean(axis=1)
-    sides = pd.concat([without, wide[row.contrast.treatment]], axis=1).dropna().mean()
-    cells = [math.exp(x) if unit == LOG_RATIO else x for x in sides]
-    return *(show(x, digits_of(unit)) for x in cells), with_interval(row.interval, unit)
+    return [f"\n{filled(str(one))}" for one in results.caveats]
 
 
 def _estimate(row):

@@ -86,7 +86,7 @@ def _parser():
     sub.add_argument("--steps", type=int, default=6, help="optimiser steps a row, first not timed")
     gpu_commands.add(command)
     command("report", report, "write a static HTML site of the results")
-    command("readme", readme, "write the README's generated blocks anew from results/reference")
+    command("readme", readme, "write the generated blocks of README and docs/ anew")
     command("strip", strip, "clear outputs of the source notebooks")
     return parser
 
@@ -269,10 +269,10 @@ def report(arguments):
 
 
 def readme(arguments):
-    """What `promote` does to the README, without promoting."""
+    """What `promote` does to the README and docs/, without promoting."""
     from neft_utils.make.readme import update_readme
 
-    say("README.md written" if update_readme() else "README.md is up to date")
+    say(f"README.md and docs/ {'written' if update_readme() else 'are up to date'}")
 
 
 def strip(arguments):

@@ -1,7 +1,8 @@
-"""The README's generated blocks, each made from a profile's stored results.
+"""The generated blocks of the README and of docs/, each made from a profile's stored results.
 
-A block stands between comments that name it and its profile. A test holds the README against
-these functions.
+A block stands between comments that name it and its profile, or several, of which the first counts
+whose primary claims are all answered, else the last. A test holds every page against the functions
+here.
 """
 
 import functools
@@ -12,13 +13,21 @@ from neft_utils.base.paths import NOTEBOOKS, REFERENCE, STEPS, Paths
 from neft_utils.base.strict import ConfigError
 from neft_utils.compare.expected import how_long
 from neft_utils.compare.results import Results
-from neft_utils.make import answers
+from neft_utils.make import answers, front
 from neft_utils.make.bench.cpu import table as speed_table
+from neft_utils.make.libraries import library_table
+from neft_utils.make.others import others_table
 from neft_utils.make.pages import claim_of
 from neft_utils.make.promotion import PARTIAL
 
 README = ROOT / "README.md"
-BLOCK = re.compile(r"(<!-- (\w+):([\w-]+) -->\n)(.*?)(<!-- /\2 -->)", re.S)
+PAPER, PACKED = "paper; this repository", "axolotl, TRL: packed to 2048"  # rules of notebook 2
+BLOCK = re.compile(r"(<!-- (\w+):([\w,-]+) -->\n)(.*?)(<!-- /\2 -->)", re.S)
+
+
+def pages():
+    """The files that may hold blocks: README.md and docs/*.md."""
+    return [README, *sorted(README.parent.glob("docs/*.md"))]
 
 
 def notebooks(results):
@@ -47,20 +56,56 @@ def speed(results):
     return speed_table(found)
 
 
+def libraries(results):
+    """The table of `make.libraries`, and what packing leaves on this profile's rows."""
+    found = read_json(results.folder / "noise_check.json") or {}
+    found, rules = found.get("median_effective_alpha", {}), ("transformers, TRL: padded", PACKED)
+    if not {PAPER, *rules} <= set(found):
+        return library_table()
+    padded, packed = (found[one] / found[PAPER] for one in rules)
+    return library_table() + (
+        f"\nOn the rows of profile `{results.folder.name}`, in micro-batches of eight, the median"
+        f" sequence gets\n{padded:.0%} of the noise where they are padded and {packed:.0%} where"
+        " they are packed to 2,048 tokens.\n"
+    )
+
+
+def others(results):
+    """The table of `make.others`, which no results of ours enter."""
+    return others_table()
+
+
 # Name of a block -> function of `compare.results.Results` that returns its Markdown.
-BLOCKS = {f.__name__: f for f in (*answers.ANSWERS, notebooks, speed)}
+BLOCKS = {f.__name__: f for f in (front.lead, front.expected, *answers.ANSWERS)}
+BLOCKS |= {f.__name__: f for f in (notebooks, libraries, others, speed)}
 
 
 def update_readme():
-    """Write every generated block of the README anew; returns whether any changed.
+    """Write every generated block of README.md and docs/ anew; returns whether any changed.
 
     ConfigError for a block of a profile without stored results.
     """
-    text, stored = README.read_text("utf-8"), functools.cache(stored_results)
-    new = BLOCK.sub(lambda m: m[1] + BLOCKS[m[2]](stored(m[3])) + m[5], text)
-    if new != text:
-        atomic_write_text(README, new)
-    return new != text
+    stored, changed = functools.cache(stored_results), False
+    for path in pages():
+        if not path.exists():
+            continue
+        text = path.read_text("utf-8")
+        new = BLOCK.sub(lambda m: m[1] + BLOCKS[m[2]](chosen(m[3], stored)) + m[5], text)
+        if new != text:
+            atomic_write_text(path, new)
+            changed = True
+    return changed
+
+
+def chosen(names, stored=None):
+    """`Results` of the first named profile that answers all its primary claims, else of the last.
+
+    names: profiles with commas between; stored: `stored_results` or a function like it.
+    """
+    stored = stored or stored_results
+    found = [stored(name) for name in names.split(",")]
+    whole = (one for one in found if all(row.verdict.testable for row in one.primary))
+    return next(whole, found[-1])
 
 
 def stored_results(name):
@@ -68,4 +113,4 @@ def stored_results(name):
     for folder in (ROOT / REFERENCE / name, ROOT / PARTIAL / name):
         if (folder / "claims.json").exists():
             return Results(folder)
-    raise ConfigError(f"the README shows results of {name} and none are stored: promote them first")
+    raise ConfigError(f"README and docs show results of {name}, and none are stored: promote them")

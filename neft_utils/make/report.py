@@ -1,8 +1,8 @@
 """`make report`: the results as a static site, an index and one page per executed notebook.
 
-The index answers the questions that people come with (`answers`), then shows the ledger of
-claims, the table and the figures, where they come from and how to have them again. What is
-missing is said. No page needs a script, a server or the network (see `pages`).
+The index is the README with other numbers: its sections in its order and its own words, then what
+docs/ answers, the figures, where the numbers come from. What is missing is said. No page needs a
+script, a server or the network (see `pages`).
 """
 
 import html
@@ -14,15 +14,11 @@ from neft_utils.base.files import ROOT, atomic_write_text, read_json
 from neft_utils.base.paths import REFERENCE, Paths
 from neft_utils.base.strict import ConfigError
 from neft_utils.compare.results import Results
-from neft_utils.make import answers, sections
+from neft_utils.make import answers, front, sections
+from neft_utils.make.libraries import library_table
 from neft_utils.make.pages import find_pages, markdown, notebook_page, page_html
+from neft_utils.make.readme import BLOCK, README
 
-NEFTUNE = """\
-NEFTune ([arXiv 2310.05914](https://arxiv.org/abs/2310.05914)) adds uniform noise to the token
-embeddings during fine-tuning, and only then: $x' = x + \\frac{\\alpha}{\\sqrt{L d}} \\epsilon$ with
-$\\epsilon$ uniform between -1 and 1, $L$ the sequence's own number of tokens, $d$ the embedding
-size and $\\alpha$ the strength. Arms with and without noise that share a seed share all else.
-"""
 _SUMMARISED = ("claims.json", "published/views.csv")
 
 
@@ -77,38 +73,48 @@ def index_page(profile, source, pages, local):
     if claims and not any("primary" in row for row in claims):
         # Of an older version: its runs say it in today's words.
         claims = [one.as_json() for one in results.ledger.values()]
-    parts = [
-        "<h1>NEFTune, measured</h1>",
-        "<h2>What is NEFTune?</h2>",
-        markdown(NEFTUNE),
-        "<h2>Does it help here?</h2>",
-        f'<p class="lead">In profile <code>{html.escape(profile.name)}</code>:</p>',
-        sections.verdict(claims, source),
-        _summary(answers.headline, results),
+    said = readme_sections()
+    made = {
+        "What we found": [
+            f"<p>In profile <code>{html.escape(profile.name)}</code>:</p>",
+            sections.lead(source),
+            _summary(front.headline, results),
+            markdown(_prose(said, "What we found")),
+        ],
+        "See it yourself": [
+            _commands(profile.name),
+            "<p>In a clone of the repository, at the commit below for these very numbers. The"
+            " first command creates the Python environment, runs every notebook and goes on where"
+            " it was cut. It ends with these answers:</p>",
+            _summary(front.expected, results),
+        ],
+        "Notebooks": [sections.notebooks(pages)],
+    }
+    parts = ["<h1>NEFTune, measured</h1>", markdown(_prose(said, ""))]
+    for head in said:
+        if head and head not in _ELSEWHERE:
+            parts += [f"<h2>{html.escape(head)}</h2>"]
+            parts += made.get(head) or [markdown(_prose(said, head))]
+    parts += [
+        "<h2>The evidence</h2>",
+        sections.verdict(claims),
+        "<h3>Every claim</h3>",
+        sections.ledger(claims),
+        "<h3>Every metric, by arm</h3>",
+        sections.main_table(source / "tables" / "main.csv"),
+        *(markdown(str(one)) for one in (results.caveats if claims and results.runs else ())),
         "<h2>How sure are we?</h2>",
         _summary(answers.certainty, results),
         "<h2>How much of it is length?</h2>",
         _summary(answers.length, results),
-        "<h2>What would it cost me to try on my model?</h2>",
+        "<h2>What the noise costs</h2>",
         _summary(answers.cost, results),
-        "<h2>Every claim</h2>",
-        sections.ledger(claims),
-        "<h2>Every metric, by arm</h2>",
-        sections.main_table(source / "tables" / "main.csv"),
         "<h2>Figures</h2>",
         *sections.figures(source, pages),
-        "<h2>Notebooks</h2>",
-        sections.notebooks(pages),
         '<h2 id="runs">Runs</h2>',
         sections.runs(pages),
         "<h2>Where the numbers come from</h2>",
         sections.provenance(source),
-        "<h2>Reproduce</h2>",
-        '<pre class="code" tabindex="0"><code>'
-        f"make reproduce PROFILE={html.escape(profile.name)}\n"
-        f"make report PROFILE={html.escape(profile.name)}</code></pre>",
-        "<p>In a copy of the repository at the commit above; the first command creates the"
-        " Python environment, runs every notebook and resumes where it was cut.</p>",
     ]
     if local:
         parts.append(
@@ -117,6 +123,42 @@ def index_page(profile, source, pages, local):
         )
     following = next(((name, page["title"]) for name, page in pages.items()), None)
     return page_html("NEFTune, measured: results", "\n".join(parts), following=following)
+
+
+_ELSEWHERE = ("More", "Citation and licences")  # links of the repository alone
+
+
+def readme_sections():
+    """{heading: Markdown} of the README in its order, "" for what stands before the first.
+
+    Without a README, as in a copy of the package alone, only the headings that the index fills.
+    """
+    if not README.exists():
+        return dict.fromkeys(("", "What we found", "See it yourself", "Notebooks"), "")
+    first, *rest = README.read_text("utf-8").split("\n## ")
+    found = {"": first.partition("\n")[2]}
+    for one in rest:
+        head, _, text = one.partition("\n")
+        found[head] = text
+    return found
+
+
+def _prose(said, head):
+    """A section of the README without its blocks of stored numbers; the libraries' table stays.
+
+    A last line of links within the README is left out too.
+    """
+    text = BLOCK.sub(lambda m: library_table() if m[2] == "libraries" else "", said[head])
+    lines = [line for line in text.splitlines() if "](#" not in line]
+    return "\n".join(lines)
+
+
+def _commands(name):
+    name = html.escape(name)
+    return (
+        '<pre class="code" tabindex="0"><code>'
+        f"make reproduce PROFILE={name}\nmake report PROFILE={name}</code></pre>"
+    )
 
 
 def _summary(answer, results):

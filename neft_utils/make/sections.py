@@ -16,6 +16,7 @@ from neft_utils.base.steps import CHAIN
 from neft_utils.compare.metrics import METRICS
 from neft_utils.compare.tables import main_markdown
 from neft_utils.compare.words import digits_of, plain, show, size
+from neft_utils.make.front import lead_figure
 from neft_utils.make.pages import image, markdown
 
 
@@ -48,8 +49,14 @@ def _safe(row, key):
     return html.escape(str(row.get(key) or ""))
 
 
-def verdict(claims, source):
-    """The primary answers in words and numbers, with their figure."""
+def lead(source):
+    """The figure that the README begins with, where it is drawn."""
+    path = lead_figure(source)
+    return _figure(path) if path else missing("figure of the end of turn", "run make figures")
+
+
+def verdict(claims):
+    """The primary answers in words and numbers."""
     rows = [one for one in claims or [] if one.get("primary")]
     if not rows:
         return missing("primary verdict", "run make reproduce, which ends with it")
@@ -63,12 +70,10 @@ def verdict(claims, source):
             f'<br><span class="number">{estimate} {interval}</span> {unit}:'
             f" {_safe(row, 'contrast')}, {html.escape(metric)}</p>"
         )
-    figure = _figure(source / "figures" / "05_confirmatory.png")
     return f"""<div class="verdict">
 {"".join(said)}
 <p>Means over paired seeds and their 95 % intervals.</p>
-</div>
-{figure or missing("figure of the paired seeds", "run make figures")}"""
+</div>"""
 
 
 def main_table(path):
@@ -139,7 +144,7 @@ def _figure(path, caption=""):
 def figures(source, pages):
     found = []
     for path in sorted(source.glob("figures/*.png")):
-        if path.stem == "05_confirmatory":  # it stands beside the verdict
+        if path == lead_figure(source):  # it stands beside the verdict
             continue
         home = next((n for n, p in pages.items() if p["step"][:2] == path.stem[:2]), None)
         caption = _link(home, f"Notebook {path.stem[:2]}") if home else ""

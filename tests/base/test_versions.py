@@ -1,7 +1,7 @@
 """`pip install .` and the noise's contract with the oldest and the newest versions there are.
 
 Each test builds a fresh environment of several gigabytes, most of them CUDA libraries: with an
-index of CPU builds in PIP_EXTRA_INDEX_URL (README, Install) it is less than one.
+index of CPU builds in PIP_EXTRA_INDEX_URL (README, Add it to your trainer) it is less than one.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A profile of one's own: the README's, and what `make profile` begins."""
+"""A profile of one's own: the one in docs/profiles.md, and what `make profile` begins."""
 
 import json
 import os
@@ -18,11 +18,12 @@ from neft_utils.make.commands import main
 from neft_utils.make.own import write_profile
 from neft_utils.train.base_models import load_base, load_tokenizer
 
-WORDS = (ROOT / "README.md").read_text("utf-8").split()
+PAGE = (ROOT / "docs" / "profiles.md").read_text("utf-8")
+WORDS = " ".join(path.read_text("utf-8") for path in sorted(ROOT.glob("docs/*.md"))).split()
 
 
 def rows(count, longer=0):
-    """Rows that are alike in nothing: words of the README in another order each."""
+    """Rows that are alike in nothing: words of docs/ in another order each."""
     texts = [" ".join(WORDS[n :: 401 + n % 7][:4]) for n in range(2 * count)]
     return [
         {
@@ -43,10 +44,9 @@ def said(*arguments):
 
 
 @pytest.mark.wheels
-def test_the_readmes_profile_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+def test_the_pages_profile_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     """Literally, with a model and rows at the paths that it names."""
-    section = (ROOT / "README.md").read_text("utf-8").partition("## Your own model, rows, arm")[2]
-    (snippet,) = re.findall(r"```yaml\n(.*?)```", section.partition("\n## ")[0], re.S)
+    (snippet,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.S)
     (tmp_path / "mine.yaml").write_text(snippet, "utf-8")
     values = yaml.safe_load(snippet)
     wanted = values["data"]["train_rows"] + values["data"]["test_rows"]

@@ -23,6 +23,8 @@ from neft_utils.compare import plots
 from neft_utils.compare.results import Results
 from neft_utils.evaluate.scoring import ITEM_COLUMNS
 from neft_utils.make import pages
+from neft_utils.make.readme import README
+from neft_utils.make.report import _ELSEWHERE as ELSEWHERE
 from neft_utils.make.report import report
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -235,7 +237,7 @@ def test_pages_of_small_results(tmp_path, results):
     ):
         assert part in text
     for part in (
-        "29.79 64.69 +34.90",
+        "29.79 to 64.69 (+34.90)",
         "four times out of five 3 pairs 5 pairs",
         "leaderboard, as judged +35.2",
     ):
@@ -249,6 +251,32 @@ def test_pages_of_small_results(tmp_path, results):
     hrefs = [a["href"] for t, a in page.elements if t == "a"]
     assert hrefs[:3] == ["index.html", "03_finetune_qlora.html", "05_compare_and_plot.html"]
     assert any(href.endswith("README.md") for href in hrefs) and "no.md" not in hrefs
+
+
+def heads(path):
+    return [html.unescape(one) for one in re.findall(r"<h2.*?>(.*?)</h2>", path.read_text("utf-8"))]
+
+
+def test_the_index_is_the_readme_with_other_numbers(tmp_path, results):
+    """The same headings in the same order, and its own words under them."""
+    write_results(results)
+    index, _ = build(tmp_path)
+    readme = README.read_text("utf-8")
+    wanted = [one for one in re.findall(r"^## (.+)", readme, re.M) if one not in ELSEWHERE]
+    assert len(wanted) == 6 and heads(index)[: len(wanted)] == wanted
+    text = check(index).text()
+    for words in (
+        "does a model stop later, does it say something better, does it overfit less?",
+        "The paper divides by each sequence's own length",
+        "the authors' training code 5.0",
+        "pip install .",
+        "callbacks=[NEFTuneCallback(noise_alpha=5.0)]",
+        "No judge and no win rate of our own",
+    ):
+        assert words in text, words
+    assert "make reproduce PROFILE=smoke" in text and "<!--" not in text
+    asked = ("How sure are we?", "How much of it is length?", "What the noise costs")
+    assert [one for one in heads(index) if one in asked] == list(asked)
 
 
 def test_a_run_leads_to_its_own_evaluation(tmp_path, results):
