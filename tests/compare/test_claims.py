@@ -35,7 +35,7 @@ def test_which_arms_a_claim_compares():
     profile = load_profile("cpu-long")
     first = Contrast("neft_a15", ("baseline",))
     assert claims.arms_of("confirmatory", profile) == first
-    for pair in ("low_data", "alpha", "other_family"):
+    for pair in ("alpha", "other_family"):
         assert claims.arms_of(pair, profile) is None
     assert claims.arms_of("regularisers", profile) == Contrast("neft_a15", ("dropout",))
     few = load_profile("cpu-overfit")
