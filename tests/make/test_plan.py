@@ -34,11 +34,17 @@ def place(tmp_path, monkeypatch):
 
 
 def training_seconds(profile, paths):
+    """(seconds of all steps, tokens), without notebooks' starts and losses on the way."""
     rows = {
         name: (tokens, seconds) for name, _, tokens, seconds in estimate.estimate(profile, paths)
     }
     tokens, seconds = rows["fine-tune"]
-    return seconds - len(profile.runs()) * profile.speed.notebook_start, tokens
+    length = tokens / sum(
+        profile.data.train_rows * profile.recipe(arm).epochs for arm, _ in profile.runs()
+    )
+    scored = sum(estimate.scored_on_the_way(profile, arm) for arm, _ in profile.runs())
+    starts = len(profile.runs()) * profile.speed.notebook_start
+    return seconds - starts - length * scored / profile.speed.forward, tokens
 
 
 def test_a_plan_takes_the_measured_speed_and_says_so(place, capsys):
