@@ -133,7 +133,7 @@ def test_the_first_profile_that_answers_everything_is_shown(tmp_path):
     text = " ".join(text.split())
     assert "Not measured in these runs: the end of turn and the loss on what answers say." in text
     assert "no end_nll: scored by an older version" in text
-    assert "the end of turn" in front.expected(old).splitlines()[-1]
+    assert "- The end of turn and " in front.expected(old)
     text = " ".join(front.headline(new).split())
     assert "Not measured" not in text and "no end_nll" not in text
     assert text.startswith("**With noise, ") and "the end of turn is less likely by 0.1" in text
