@@ -375,6 +375,7 @@ def test_check_says_what_each_filter_drops_and_shows_a_row_as_the_model_reads_it
     drops = {a.strip(): int(b) for a, word, b in (x.partition(" drops ") for x in funnel) if word}
     assert drops == {
         "no turns before the prompt": 1,
+        "no special token spelled out": 0,
         "non-empty": 1,
         "total <= 400 tokens": 1,
         "one of each group of exact copies": 0,
