@@ -10,6 +10,7 @@ from neft_utils.compare import curves
 from neft_utils.compare.claims import only_alpha
 from neft_utils.compare.plots import colour_of
 from neft_utils.compare.run_plots import BASELINE, styled, wrapped
+from neft_utils.compare.words import capital
 
 ALT = (
     "Loss on held-out rows against loss on training rows, one curve an arm, from before training on"
@@ -94,4 +95,4 @@ def finding(compared, profile):
     treatment = profile.confirmatory.treatment
     one = next((o for o in wanted if o.contrast.treatment == treatment), wanted[0])
     words = words_of(one.contrast.treatment, profile)
-    return f"{words[:1].upper()}{words[1:]}, control stopped at equal training loss: {one.verdict}"
+    return f"{capital(words)}, control stopped at equal training loss: {one.verdict}"

@@ -72,7 +72,7 @@ class Verdict:
     def sentence(self) -> str:
         """`str()` as a sentence by itself, with a capital and a full stop."""
         said = str(self)
-        return f"{said[:1].upper()}{said[1:]}."
+        return f"{capital(said)}."
 
     def _words(self) -> str:
         if self.interval is None:
@@ -187,6 +187,11 @@ def held(here: Interval | None, there: Interval | None) -> tuple[float, str]:
 
 
 # ---------------------------------------------------------------------------------- numbers
+
+
+def capital(text: str) -> str:
+    """A text with a capital letter at its beginning."""
+    return text[:1].upper() + text[1:]
 
 
 def size(value: float, unit: str) -> float:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 from neft_utils.base.files import ROOT, read_json
 from neft_utils.base.paths import REFERENCE, Paths
-from neft_utils.compare.words import digits_of, held, plain, size
+from neft_utils.compare.words import capital, digits_of, held, plain, size
 
 SAID = {
     "higher": "a difference upward",
@@ -30,8 +30,11 @@ def ending(profile, paths):
     lines = []
     for one in ledger:
         if one.primary:
-            said = f"{one.verdict[:1].upper()}{one.verdict[1:]}."
-            lines += [one.claim, f"  {said}", f"  {_expected(one, stored.get(one.id))}"]
+            lines += [
+                one.claim,
+                f"  {capital(one.verdict)}.",
+                f"  {_expected(one, stored.get(one.id))}",
+            ]
     others = [one for one in ledger if not one.primary]
     counts = Counter(one.outcome for one in others)
     summary = ", ".join(f"{said}: {counts[kind]}" for kind, said in SAID.items() if counts[kind])

@@ -15,7 +15,7 @@ from neft_utils.base.paths import PROFILES, REFERENCE
 from neft_utils.compare import facts
 from neft_utils.compare.agreement import held
 from neft_utils.compare.runs import MissingRuns, OtherVersions
-from neft_utils.compare.words import LOG_RATIO, digits_of, plain, show, size, with_interval
+from neft_utils.compare.words import LOG_RATIO, capital, digits_of, plain, show, size, with_interval
 
 # The first that there is stands at the top: our own question, else the public answers'.
 FIGURES = ("05_end_of_turn", "06_length_change")
@@ -77,7 +77,7 @@ def found(results):
 def rest(results):
     """The primary quantities of which nothing is seen, and those that were not measured."""
     said = [
-        f"{_sentence(_subject(one))}: {one.verdict}."
+        f"{capital(_subject(one))}: {one.verdict}."
         for one in results.primary
         if not one.verdict.seen and one.verdict.testable
     ]
@@ -136,7 +136,7 @@ def expected(results):
         if not one.verdict.testable:
             continue
         unit = one.verdict.quantity.unit
-        line = f"- {_sentence(_subject(one))}: {with_interval(one.interval, unit)}"
+        line = f"- {capital(_subject(one))}: {with_interval(one.interval, unit)}"
         tolerance, _ = held(one.interval, one.interval)
         if math.isfinite(tolerance):
             within = f"{show(size(tolerance, unit), digits_of(unit))} {plain(unit)}"
@@ -144,7 +144,7 @@ def expected(results):
         lines += lines_of(f"{line}.", "  ")
     missing = [_subject(one) for one in results.primary if not one.verdict.testable]
     if missing:
-        text = f"- {_sentence(_listed(missing))}, which the stored runs do not have yet."
+        text = f"- {capital(_listed(missing))}, which the stored runs do not have yet."
         lines += lines_of(text, "  ")
     return "\n".join(lines) + "\n"
 
@@ -214,11 +214,6 @@ def _subject(finding):
     """What a finding is of, in words: by NAMES, else its verdict's subject without the verb."""
     subject = NAMES.get(finding.claim.metric, finding.verdict.quantity.subject)
     return subject.removesuffix(" is").removesuffix(" are").rstrip(":")
-
-
-def _sentence(text):
-    """With a capital; what is a name keeps its own."""
-    return text[:1].upper() + text[1:]
 
 
 def _listed(parts):

@@ -25,6 +25,7 @@ from pygments.lexers import PythonLexer
 from neft_utils.base.files import read_json
 from neft_utils.base.paths import NOTEBOOKS, PACKAGE, STEPS
 from neft_utils.base.plain import ESCAPES, plain
+from neft_utils.compare.words import capital
 
 REPOSITORY = PACKAGE.parent
 STYLE = (PACKAGE / "make" / "report.css").read_text("utf-8")
@@ -84,7 +85,7 @@ def claim_of(opening):
     quote = re.search(r"(?:^> ?.*\n?)+", opening, re.M)
     text = re.sub(r"^> ?|\*\*.*?\*\*", "", quote[0] if quote else "", flags=re.M)
     text = " ".join(text.split())
-    return text[:1].upper() + text[1:]
+    return capital(text)
 
 
 def _page_of(step, run, pages):

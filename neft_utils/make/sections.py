@@ -15,7 +15,7 @@ from neft_utils.base.files import read_json
 from neft_utils.base.steps import CHAIN
 from neft_utils.compare.metrics import METRICS
 from neft_utils.compare.tables import main_markdown
-from neft_utils.compare.words import digits_of, plain, show, size
+from neft_utils.compare.words import capital, digits_of, plain, show, size
 from neft_utils.make.front import lead_figure
 from neft_utils.make.pages import image, markdown
 
@@ -66,7 +66,7 @@ def verdict(claims):
         words = _safe(row, "verdict")
         metric = METRICS.get(row.get("metric"), ("", ""))[1] or _safe(row, "metric")
         said.append(
-            f"<p><em>{_safe(row, 'claim')}</em> <strong>{words[:1].upper() + words[1:]}.</strong>"
+            f"<p><em>{_safe(row, 'claim')}</em> <strong>{capital(words)}.</strong>"
             f'<br><span class="number">{estimate} {interval}</span> {unit}:'
             f" {_safe(row, 'contrast')}, {html.escape(metric)}</p>"
         )
