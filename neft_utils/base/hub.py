@@ -60,7 +60,7 @@ def snapshot(name, revision, key, kind="model"):
 
 def _check(name, revision, key):
     """The profile's part that the key is in; ConfigError for a name or revision that cannot be."""
-    part = key.split(".")[0]
+    part = key.rpartition(".")[0]
     if not REPOSITORY.fullmatch(name):
         raise ConfigError(f"{key}: {name} is neither a folder nor a hub id (owner/name)")
     if not re.fullmatch("[0-9a-f]{40}", revision or ""):

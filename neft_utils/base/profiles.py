@@ -79,9 +79,12 @@ class Train:
 
 @dataclass(frozen=True)
 class Judge:
-    """A model behind an OpenAI-compatible endpoint that compares answers with references."""
+    """What says how good answers are: a model behind an OpenAI-compatible endpoint that compares
+    them with references, or a reward model that scores them here. One of the two."""
 
-    model: str
+    model: str | None = None
+    reward_model: str | None = None  # hub id of a sequence classifier with one label
+    revision: str | None = None  # its hub commit
     base_url: str = "https://api.openai.com/v1"
     key_variable: str = "OPENAI_API_KEY"  # environment variable that holds the key, not the key
     max_usd: float = at_least(0.0, 5.0)  # of one run; no call is started that may exceed it

@@ -17,7 +17,7 @@ LEADERBOARD = "{results}/published/leaderboard.csv"
 ABOUT = (f"{RUN}/config.json", f"{RUN}/provenance.json")  # what a run says of itself
 _TRAINED = ("train_log.csv", "losses_by_epoch.csv", "noise.json")
 _ITEMS = ("losses.csv", "generations.jsonl", "task_items.csv", "perturbed_losses.csv")
-_ITEMS += ("stopping.csv", "preferences.csv")
+_ITEMS += ("stopping.csv", "preferences.csv", "rewards.csv")
 
 
 @dataclass(frozen=True)

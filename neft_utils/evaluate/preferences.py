@@ -7,13 +7,13 @@ from neft_utils.evaluate import alpaca_eval, endpoint, judge
 
 
 def preferences(profile, answers, test, cache, say=print):
-    """(DataFrame of preferences.csv, {set: summary}); (None, None) without a judge in the profile.
+    """(DataFrame of preferences.csv, {set: summary}); (None, None) where a profile asks for none.
 
     answers: rows of generations.jsonl; test: the test rows, whose responses are the references;
     cache: folder of verdicts. Where the judge cannot be asked: (None, {"left_out": reason}).
     """
     settings = profile.evaluate.judge
-    if settings is None:
+    if settings is None or settings.model is None:
         return None, None
     usable, reason = endpoint.available(settings)
     if not usable:

@@ -11,7 +11,7 @@ from neft_utils.base.paths import BASE
 from neft_utils.base.profiles import as_dict
 from neft_utils.base.provenance import begin, describe
 from neft_utils.base.strict import ConfigError
-from neft_utils.evaluate import alpaca_eval, benchmarks, judge, stability, text_metrics
+from neft_utils.evaluate import alpaca_eval, benchmarks, judge, reward, stability, text_metrics
 from neft_utils.train.folders import weights_file
 from neft_utils.train.memory import out_of_memory
 
@@ -22,6 +22,7 @@ ITEM_COLUMNS = {
     "perturbed_losses.csv": stability.PERTURBED_COLUMNS,
     "stopping.csv": stability.STOPPING_COLUMNS,
     "preferences.csv": ["set", *judge.COLUMNS],
+    "rewards.csv": reward.COLUMNS,
 }
 
 

@@ -231,6 +231,9 @@ def _answers(profile):
 
 
 def _judge(judge):
+    if judge.reward_model is not None:
+        key = "evaluate.judge.reward_model"
+        return f"{judge.reward_model}, {hub.state(judge.reward_model, judge.revision, key)}"
     if os.environ.get(judge.key_variable):
         return f"{judge.model}, at most {judge.max_usd:g} USD a run"
     return f"{judge.key_variable} is not set: preferences will be left out"

@@ -60,9 +60,14 @@ def per_document_attention(
             query, key, value, attn_mask=attention_mask, scale=scale, enable_gqa=True
         )
         return out.transpose(1, 2).contiguous(), None
-    if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
+    half = (torch.float16, torch.bfloat16)
+    dtype = query.dtype
+    if torch.is_autocast_enabled(query.device.type):  # some norms give float32 queries under it
+        dtype = torch.get_autocast_dtype(query.device.type)
+    if query.device.type == "cuda" and dtype in half:
         from torch.nn.attention.varlen import varlen_attn
 
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         longest, offsets = kwargs["max_length_q"], cu_seq_lens_q.int()
         # Keys and values once for every query head: not every torch takes groups here.
         groups = query.shape[1] // key.shape[1]

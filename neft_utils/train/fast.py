@@ -145,7 +145,7 @@ def token_nll(model, inputs, positions, targets):
     if (
         type(head) is not torch.nn.Linear
         or head.bias is not None
-        or head.weight.requires_grad
+        or (head.weight.requires_grad and torch.is_grad_enabled())
         or any(getattr(config, name, None) for name in special)
     ):
         return F.cross_entropy(model(**inputs).logits[0].float(), targets, reduction="none")

@@ -42,6 +42,7 @@ SCORED = {
     "perturbed_losses.csv",
     "stopping.csv",
     "preferences.csv",
+    "rewards.csv",
     "scores.json",
 }
 
