@@ -5,6 +5,7 @@ import pandas as pd
 
 from neft_utils.base.profiles import LEADERBOARD
 from neft_utils.compare import curves
+from neft_utils.compare.end_of_turn import content_nll
 from neft_utils.compare.words import LOG_RATIO, Quantity
 
 # Metric -> (unit, what it is). The order is the order of the tables' columns.
@@ -178,8 +179,7 @@ def per_item(run, name, decoding):
         return _equally(values)
     tokens = found.n_tokens.astype(float)
     if name == "content_nll":
-        tokens = tokens[tokens > 1] - 1
-        values = (values * (tokens + 1) - found.end_nll)[tokens.index] / tokens
+        values, tokens = content_nll(found), tokens - 1
     if name == "gap":
         training = per_item(run, "train_nll", decoding)
         if training is None:
