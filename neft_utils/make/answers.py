@@ -12,9 +12,10 @@ import pandas as pd
 
 from neft_utils.base.files import ROOT, read_json
 from neft_utils.base.paths import BASE, NOTEBOOKS, REFERENCE, STEPS
-from neft_utils.compare import facts, published_views
+from neft_utils.compare import end_of_turn, facts, published_views
 from neft_utils.compare.claims import claims_markdown, dose, only_alpha
 from neft_utils.compare.expected import duration, notebook_seconds
+from neft_utils.compare.metrics import METRICS
 from neft_utils.compare.tables import Contrast, main_markdown
 from neft_utils.compare.words import digits_of, plain, show, size, with_interval
 from neft_utils.make.front import described, filled, lines_of
@@ -185,11 +186,39 @@ def curve(results):
         pairs, number = 0, "–"
         one = results.contrast(Contrast(arm, (profile.control_of(arm),)), first.claim.metric)
         if one is not None:
-            unit = first.verdict.quantity.unit
-            pairs, number = one.n_seeds, with_interval(one, unit).removesuffix(f" {plain(unit)}")
+            pairs, number = one.n_seeds, _number(one, first.claim.metric)
         cells = (f"{change.noise_alpha:g}", f"{statistics.mean(shares):.2f}", len(shares), pairs)
         lines.append("| " + " | ".join(map(str, (*cells, number))) + " |")
     return "\n".join([*lines, *_notes(results)]) + "\n"
+
+
+def by_arm(results):
+    """What every arm does to the end of turn, in quarters of the answers' length, and to content.
+
+    A row an arm, against its control. ConfigError where no run has end_nll.
+    """
+    profile = results.profile
+    arms = [arm for arm in profile.arms if arm != profile.control_of(arm)]
+    changes = end_of_turn.changes_of_runs(results.runs, profile, arms)
+    quarters = end_of_turn.by_length(changes)
+    quarters = quarters[quarters.seed.isna() & (quarters.measure == "end_nll")]
+    lengths = quarters.groupby("part").length.median()
+    heads = [f"answers of about {length:.0f} tokens" for length in lengths]
+    heads = ["arm", "pairs", "end of turn, nats", *heads, "content, nats per token"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for arm, rows in changes.groupby("label", sort=False):
+        end, content = (end_of_turn.interval(rows, one) for one in ("end_nll", "content_nll"))
+        parts = quarters[quarters.label == arm].sort_values("part").itertuples()
+        cells = [_number(one, "end_nll") for one in (end, *parts)]
+        cells = (f"`{arm}`", str(rows.seed.nunique()), *cells, _number(content, "content_nll"))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _number(interval, metric):
+    """A difference with its ends and without its unit, which stands in the table's head."""
+    unit = METRICS[metric][0]
+    return with_interval(interval, unit).removesuffix(f" {plain(unit)}")
 
 
 def rules(results):
@@ -212,7 +241,7 @@ def rules(results):
 
 
 # What the pages of docs/ show.
-ANSWERS = (certainty, length, length_picture, cost, evidence, overlap, curve, rules)
+ANSWERS = (certainty, length, length_picture, cost, evidence, overlap, curve, by_arm, rules)
 
 
 def _notes(results):
