@@ -509,6 +509,21 @@ def test_a_missing_run_is_never_a_reference_and_partial_results_name_it(reposito
         text = (stored / "tables" / name).read_text("utf-8")
         assert "Not complete: 1 of 5 runs are missing, baseline-s1." in text
     shutil.rmtree(runs.parent)
+    # Another machine goes on from there: what is stored is not made again.
+    shutil.rmtree(folder / ".snakemake")
+    shutil.rmtree(folder / "data" / "processed" / "nano")
+    taken = neft(folder, "resume", "--profile", "nano")
+    assert taken.returncode == 0 and "4 of 5 runs are taken from" in taken.stdout, taken.stderr
+    scores = {path.parent.name: path.stat().st_mtime_ns for path in runs.glob("*/scores.json")}
+    assert set(scores) == copies
+    more = neft(folder, "reproduce", "--profile", "nano", timeout=900)
+    assert more.returncode == 0 and more.stdout.count("finished finetune") == 2, more.stderr
+    kept = {name: (runs / name / "scores.json").stat().st_mtime_ns for name in scores}
+    # neft_a15-s1 is cut to the length of baseline-s1's answers, which are new.
+    assert {name for name in scores if kept[name] != scores[name]} == {"neft_a15-s1"}
+    again = neft(folder, "resume", "--profile", "nano")
+    assert again.returncode == 1 and "no run that is missing here" in again.stderr
+    shutil.rmtree(runs.parent)
     figures = neft(folder, "figures", "--profile", "nano")
     assert "these are the numbers of results/partial" in figures.stdout, figures.stderr
     for one in runs.glob("*"):
