@@ -22,7 +22,7 @@ from neft_utils.make.front import described, filled, lines_of
 
 
 def certainty(results):
-    """How far the primary answers reach, and what more seed pairs would buy."""
+    """How far the primary answers reach, and what more seed pairs would find."""
     testable = [one for one in results.primary if one.verdict.testable]
     second = results.ledger["held_out_loss"]
     shown = testable or ([second] if second.verdict.testable else [])
@@ -30,16 +30,16 @@ def certainty(results):
         return "One seed pair, so no interval: nothing to plan with.\n"
     sizes = sorted({(one.interval.n_seeds, one.interval.n_examples) for one in shown})
     text = " and ".join(f"{pairs} seed pairs with {rows} rows or answers" for pairs, rows in sizes)
-    text += " stand behind these intervals."
+    text = f"These intervals come from {text}."
     if (results.folder / "tables/coverage.csv").exists():
         rates = pd.read_csv(results.folder / "tables/coverage.csv")
         text += (
-            f" In simulated experiments such a 95 % interval holds the truth in"
+            f" In simulated experiments such a 95 % interval contains the truth in"
             f" {rates.interval.min():.0%} to {rates.interval.max():.0%} of them, with normal and"
             f" with heavy-tailed rows, equal and weighted by tokens; a bootstrap over seeds and"
             f" rows in as few as {rates.crossed_bootstrap.min():.0%}."
         )
-    text += " What more seeds would buy, the test rows staying as many as they are:"
+    text += " What more seed pairs would find with the same number of test rows:"
     lines, heads = [], "smallest effect found four times out of five"
     for one in shown:
         plan, unit = results.plan(one.claim.metric), one.verdict.quantity.unit
@@ -140,7 +140,8 @@ def fine_tuning(results):
     said = [f"`{name}` {both[name][BASE]:.2f} to {both[name][control]:.2f}" for name in both]
     if not said:
         return ""
-    return f"Fine-tuning alone, without noise, moves following instructions: {', '.join(said)}."
+    text = "Fine-tuning alone, without noise, changes how often instructions are followed"
+    return f"{text}: {', '.join(said)}."
 
 
 def overlap(results):
