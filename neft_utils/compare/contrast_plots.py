@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 
 from neft_utils.base.paths import BASE
 from neft_utils.compare.plots import (
@@ -92,7 +92,7 @@ def _against(arm, profile):
 
 @styled
 def seed_pairs(panels):
-    """Each primary difference, a panel: seed pairs as points, the mean with its 95 % interval below.
+    """Each primary difference, a panel: seed pairs as points, below them the mean and its interval.
 
     panels: list of (`claims.Finding`, its deltas from `tables.paired`). Zero is no effect.
     """
@@ -130,7 +130,7 @@ def _counted(verdicts, what):
 
 
 def _side(verdict):
-    """1 for a difference as claimed, or of a claim of none, -1 for one against it, 0 if not seen."""
+    """1 for a difference as claimed (or none is), -1 for one against the claim, 0 for none seen."""
     if not verdict.seen:
         return 0
     up = 1 if verdict.outcome == "higher" else -1
@@ -180,8 +180,8 @@ def dose(table):
     """
     figure, axes = plt.subplots(2, figsize=(WIDTH, 6.2), sharex=True)
     panels = {
-        "train_nll": "Training rows (↑ fitted less well)",
-        "test_nll": "Test rows (↑ worse, ↓ better)",
+        "train_nll": "Training rows: loss with noise minus without (↑ fitted less well)",
+        "test_nll": "Test rows: loss with noise minus without (↑ worse, ↓ better)",
     }
     ends = table[list(panels)].min().min(), table[list(panels)].max().max()
     for axis, (metric, title) in zip(axes, panels.items(), strict=True):
@@ -198,7 +198,7 @@ def dose(table):
                 axis.plot([], [], color=COLOURS[number], **handle)
         axis.set_yscale("symlog", linthresh=1e-3)
         low, high = 1.6 * min(ends[0], -2e-4), 2 * max(ends[1], 2e-3)
-        axis.set(ylim=(low, high), ylabel="nats per token, with minus without")
+        axis.set(ylim=(low, high), ylabel="nats per token")
         ticks = [x for x in (-0.1, -0.01, -0.001, 0, 0.001, 0.01, 0.1, 1) if low <= x <= high]
         axis.set_yticks(ticks, [f"{x:g}" for x in ticks])
         axis.set_title(title, fontsize=10)
@@ -231,21 +231,35 @@ def _name_doses(axis, table):
 
 
 def _dose_finding(table):
-    """What the arms' means say of the order; runs of one arm are no further doses."""
+    """What the arms' means say of the order; runs of one arm are no further strengths."""
     means = table.groupby("arm")[["relative_rms", "train_nll", "test_nll"]].mean()
-    said = []
+    said, numbers = {}, []
     for metric, words in (("train_nll", "training loss"), ("test_nll", "test loss")):
-        rank, p = spearmanr(means.relative_rms, means[metric])
+        rank, p = _rank_correlation(means.relative_rms, means[metric])
         way = f"{'higher' if rank > 0 else 'lower'} with more noise" if p < 0.05 else "in no order"
-        said.append(f"{words} is {way} (rank correlation {rank:.2f})")
-    return capital(f"{', '.join(said)}, over {len(means)} strengths of noise")
+        said.setdefault(way, []).append(words)
+        numbers.append(f"{rank:.2f}")
+    text = ", ".join(f"{' and '.join(words)}: {way}" for way, words in said.items())
+    return capital(
+        f"{text} (rank correlation {' and '.join(numbers)} over {len(means)} strengths of noise)"
+    )
+
+
+def _rank_correlation(x, y):
+    """(Spearman's correlation, p by permutation: few arms make the usual formula too sure)."""
+    ranks = [rankdata(one) - (len(x) + 1) / 2 for one in (x, y)]
+    size = np.sqrt((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum())
+    drawn = np.random.default_rng(0).permuted(np.tile(ranks[1], (9999, 1)), axis=1) @ ranks[0]
+    seen = ranks[0] @ ranks[1]
+    return seen / size, (1 + (abs(drawn) > abs(seen) - 1e-9).sum()) / 10_000
 
 
 @styled
 def ledger(findings):
     """Claims with an interval: estimate over detectable effect, turned so that right is as claimed.
 
-    findings: from `claims.ledger`. Where none is claimed, right is better. None without an interval.
+    findings: from `claims.ledger`. Where none is claimed, right is better. Returns None
+    where no claim has an interval.
     """
     shown = [row for row in findings if row.verdict.testable and not row.claim.quotes]
     if not shown:

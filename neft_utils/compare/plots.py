@@ -14,7 +14,7 @@ from neft_utils.base.paths import BASE
 from neft_utils.compare.run_plots import BASELINE, COLOURS, UNTRAINED, styled
 from neft_utils.compare.words import capital, plain
 
-WIDTH = 6.4  # inches
+WIDTH, DPI = 6.4, 180  # inches; dots per inch
 
 
 def save(figure, folder, name, alt):
@@ -25,8 +25,9 @@ def save(figure, folder, name, alt):
     from IPython.display import Image
 
     folder.mkdir(parents=True, exist_ok=True)
-    # No dates: the same numbers shall give the same bytes.
-    figure.savefig(folder / f"{name}.png", metadata={"Description": alt, "Software": None})
+    # Sharp on a phone's dense screen. No dates: the same numbers shall give the same bytes.
+    about = {"Description": alt, "Software": None}
+    figure.savefig(folder / f"{name}.png", dpi=DPI, metadata=about)
     figure.savefig(folder / f"{name}.svg", metadata={"Description": alt, "Date": None})
     plt.close(figure)
     return Image(filename=str(folder / f"{name}.png"), width=640, alt=alt)
@@ -61,7 +62,8 @@ def _words(arm, profile):
         place = {"all": "", "prompt": " on the prompt", "response": " on the response"}
         rule = {"sequence": "", "padded": ", padded length", "packed": ", packed length"}
         said.append(f"{kind}{place[change.where]}, α = {change.noise_alpha:g}{rule[change.length]}")
-    if arm != profile.confirmatory.control or not noisy:  # what that one has, others have too
+    plain = noisy and not change.noise_alpha and arm == profile.confirmatory.control
+    if not plain:  # what the plain one has, all have
         parts = {
             "learning rate {:g}": change.learning_rate,
             "{} epochs": change.epochs,
