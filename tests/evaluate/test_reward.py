@@ -187,6 +187,8 @@ def test_notebooks_3_to_5_score_compare_and_show(served, tmp_path, monkeypatch, 
     table = names["rewarded"].set_index("view")
     delta = scored["neft_a15", 0].reward - scored["baseline", 0].reward
     assert table.estimate["difference"] == pytest.approx(delta.mean())
+    apart = scored["baseline", 0].reference_reward - scored["baseline", 0].reward
+    assert table.estimate["reference"] == pytest.approx(apart.mean()) and abs(apart.mean()) > 0.1
     said = capsys.readouterr().out
     assert "neft_a15: one seed pair, so no interval: the reward model's score is" in said
     written = pd.read_csv(lab.paths.tables / "rewards.csv")
