@@ -10,7 +10,7 @@ option = $(if $(value $(1)),$(2)=$(call quoted,$(1)))
 NEFT := PATH="$$PWD/$(BIN):$$PATH" PYTHONPATH="$$PWD" $(BIN)/python -m neft_utils
 WITH := $(call option,PROFILE,--profile)
 .DEFAULT_GOAL := help
-.PHONY: help env plan check profile smoke reproduce figures compare bench bench-gpu gpu-queue gpu-parcel gpu-unpack promote report test test-gpu test-slurm test-faults test-all lint strip clean
+.PHONY: help env plan check profile smoke reproduce figures compare bench bench-gpu gpu-queue gpu-parcel gpu-unpack promote resume report test test-gpu test-slurm test-faults test-all lint strip clean
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -65,6 +65,9 @@ gpu-unpack: env  ## put the pieces of gpu-parcel where they are looked for
 
 promote: env  ## copy a complete run at a clean commit to results/reference (PARTIAL=yes: what is whole, to results/partial)
 	@$(NEFT) promote $(WITH) $(if $(PARTIAL),--partial)
+
+resume: env  ## go on from the runs in results/partial, which another machine kept; then make reproduce
+	@$(NEFT) resume $(WITH)
 
 report: env  ## a static HTML site of the results, index.html and a page a notebook
 	@$(NEFT) report $(WITH)

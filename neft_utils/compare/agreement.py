@@ -61,8 +61,8 @@ def means_beside(there, here):
     that one of twenty comparisons on equal terms has a mean outside; of a single run, over its
     rows), and the standard error by which other seeds would move the mean, from all arms' seeds.
     """
-    sides = [side.main.set_index("arm") for side in (there, here)]
     names = [name for name, (unit, _) in METRICS.items() if unit != "s"]
+    sides = [side.main.set_index("arm").reindex(columns=names) for side in (there, here)]
     known = [
         (arm, name)
         for name in names

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from neft_utils.base.strict import ConfigError
+from neft_utils.compare.end_of_turn import content_nll
 
 COLUMNS = ["epoch", "split", "row", "n_tokens", "nll", "end_nll"]
 TRAIN, VALIDATION = "train", "validation"
@@ -46,9 +47,9 @@ def curve_of(run):
         ).all()
     ):
         raise ConfigError(f"{file} has not the same rows at every epoch: delete the run's folder")
-    tokens = table.n_tokens.astype(float)
-    content = (losses.nll * tokens - losses.end_nll) / (tokens - 1).replace(0, np.nan)
-    table = keys.assign(n_tokens=tokens, end_nll=losses.end_nll, content_nll=content)
+    losses = losses.assign(n_tokens=table.n_tokens.astype(float))
+    losses["content_nll"] = content_nll(losses)
+    table = keys.join(losses[["n_tokens", "end_nll", "content_nll"]])
     return table.sort_values(["split", "epoch", "row"], ignore_index=True)
 
 

@@ -25,9 +25,8 @@ def row_changes(control, treatment, name="this pair"):
 
     control, treatment: tables of `evaluate.losses.score_losses`, one split; columns example_id,
     n_tokens (of the response, end of turn included), nll (nats per response token), end_nll (nats).
-    p_end is exp(-end_nll); content_nll is (nll n_tokens - end_nll) / (n_tokens - 1), NaN for an
-    empty answer, which is an end of turn alone. name: of the pair, for messages. Raises ConfigError
-    for tables without end_nll, losses that are not finite, and pairs of different rows.
+    p_end is exp(-end_nll). name: of the pair, for messages. Raises ConfigError for tables without
+    end_nll, losses that are not finite, and pairs of different rows.
     """
     sides = []
     for table in (control, treatment):
@@ -52,13 +51,21 @@ def row_changes(control, treatment, name="this pair"):
     return pd.concat([plain.n_tokens, after - before], axis=1).reset_index()
 
 
-def _measures(losses):
+def content_nll(losses):
+    """Nats per token of responses without their end of turn, NaN for one that is its end alone.
+
+    losses: DataFrame with nll (nats per token, the end among them), end_nll and n_tokens.
+    """
     content = losses.nll * losses.n_tokens - losses.end_nll
+    return content / (losses.n_tokens - 1).replace(0, np.nan)
+
+
+def _measures(losses):
     return pd.DataFrame(
         {
             "p_end": np.exp(-losses.end_nll),
             "end_nll": losses.end_nll,
-            "content_nll": content / (losses.n_tokens - 1).replace(0, np.nan),
+            "content_nll": content_nll(losses),
             "test_nll": losses.nll,
         }
     )

@@ -1,24 +1,27 @@
-"""The picture of `end_of_turn`: stopping on the left, content on the right, by answer length."""
+"""The picture of `end_of_turn`: stopping above, content below, by length of the answer."""
 
 import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
 
 from neft_utils.compare.end_of_turn import by_length, changes_of_runs
-from neft_utils.compare.run_plots import BASELINE, COLOURS, styled, wrapped
+from neft_utils.compare.plots import WIDTH, titled, words_of
+from neft_utils.compare.run_plots import BASELINE, COLOURS, styled
+from neft_utils.compare.words import capital
 
 ALT = (
-    "Two panels over the length of the reference answer: change of the probability of ending there,"
+    "Two panels over the length of the reference answer: change of the chance of stopping there,"
     " and change of the loss of the tokens before it. One line a treatment, thin ones single pairs."
 )
 PANELS = (
-    ("p_end", 100, "Stopping (below zero: later to stop)", "chance of stopping changes by, points"),
-    ("content_nll", 1, "Content (below zero: better)", "loss changes by, nats per token"),
+    ("p_end", 100, "Chance of stopping where the reference ends (↓ later to stop)", "points"),
+    ("content_nll", 1, "Loss on what is said before (↓ better)", "nats per token"),
 )
 
 
 def end_of_turn_figure(runs, profile, arms=None):
     """`figure` of a profile's runs; arguments and errors as in `end_of_turn.changes_of_runs`."""
-    return figure(changes_of_runs(runs, profile, arms))
+    changes = changes_of_runs(runs, profile, arms)
+    return figure(changes.assign(label=changes.label.map(lambda arm: words_of(arm, profile))))
 
 
 @styled
@@ -30,7 +33,7 @@ def figure(changes):
     """
     table = by_length(changes)
     labels = list(table.label.unique())
-    drawn, axes = plt.subplots(1, 2, figsize=(8.4, 4.0))
+    drawn, axes = plt.subplots(2, figsize=(WIDTH, 5.6), sharex=True)
     for axis, (measure, times, title, unit) in zip(axes, PANELS, strict=True):
         axis.axhline(0, color=BASELINE, linewidth=1)
         of_measure = table[table.measure == measure]
@@ -45,10 +48,12 @@ def figure(changes):
                 axis.vlines(mean.length, *ends, color=colour, linewidth=1.5)
             style = {"color": colour, "linewidth": 2.2, "markersize": 5}
             axis.plot(mean.length, times * mean.estimate, "o-", **style)
-        axis.set(title=title, ylabel=unit, xlabel="tokens of the reference answer")
+        axis.set_title(title, fontsize=10)
+        axis.set_ylabel(f"change, {unit}")
         axis.margins(x=0.06, y=0.1)
+    axes[1].set_xlabel("tokens of the reference answer, median of a quarter of the rows")
     _legend(drawn, table, changes)
-    drawn.suptitle(wrapped(_finding(table, labels[0])), x=0.01, ha="left", fontsize=11)
+    titled(drawn, _finding(table, labels[0]))
     return drawn
 
 
@@ -57,7 +62,7 @@ def _legend(drawn, table, changes):
     counts = changes.groupby("label", sort=False).seed.nunique()
     handles = []
     for number, (label, count) in enumerate(counts.items()):
-        pairs = f"mean of {count} seed pairs" if count > 1 else "one pair"
+        pairs = f"mean of {count} pairs" if count > 1 else "one pair"
         style = {"color": COLOURS[number % len(COLOURS)], "linewidth": 2.2}
         handles.append(Line2D([], [], marker="o", **style, label=f"{label}, {pairs}"))
     if table.seed.notna().any():
@@ -65,17 +70,22 @@ def _legend(drawn, table, changes):
         handles.append(Line2D([], [], **thin, label="thin: one pair"))
     if len(counts) == 1 and table.ci_low.notna().any():
         upright = {"color": BASELINE, "linewidth": 1.5}
-        handles.append(Line2D([], [], **upright, label="upright: 95 % interval"))
-    drawn.legend(handles=handles, loc="outside lower left", ncols=3, fontsize=9)
+        handles.append(Line2D([], [], **upright, label="bar: 95 % interval"))
+    drawn.legend(handles=handles, loc="outside lower left", ncols=2)
 
 
 def _finding(table, label):
     """What the first label's line says at its two ends, as the title of the figure."""
-    line = table[(table.label == label) & table.seed.isna()].sort_values("part")
-    ends = (100 * line[line.measure == "p_end"].estimate).round(1) + 0  # no "-0.0"
-    if len(ends) == 1:
-        return f"Chance of stopping where the reference answer ends: {ends.iloc[0]:+.1f} points"
-    return (
-        f"Chance of stopping where the reference answer ends: {ends.iloc[0]:+.1f} points after the"
-        f" shortest answers, {ends.iloc[-1]:+.1f} after the longest"
-    )
+    line = table[(table.label == label) & table.seed.isna() & (table.measure == "p_end")]
+    rows = line.sort_values("part").itertuples()
+    said = [_change(row) for row in rows]
+    where = ["after the shortest answers", "after the longest"] if len(said) > 1 else ["there"]
+    parts = [f"{said[end]} {place}" for end, place in zip((0, -1), where, strict=False)]
+    return capital(f"{label}, chance of stopping at the reference's end: {', '.join(parts)}")
+
+
+def _change(row):
+    """A change of a chance in points; none is claimed where its interval holds zero."""
+    if row.ci_low <= 0 <= row.ci_high:
+        return "no change seen"
+    return f"{round(100 * row.estimate, 1) + 0:+.1f} points"  # no "-0.0"

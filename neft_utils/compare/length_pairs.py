@@ -84,7 +84,7 @@ def overlap(pairs):
     where f = 0 is read off), identifiable, and verdict, a sentence.
     """
     control, treatment = pairs["chars_control"], pairs["chars_treatment"]
-    share, similar = float((treatment <= control).mean()), int(_within(pairs, 0.2).sum())
+    share, similar = float((treatment <= control).mean()), int(within(pairs, 0.2).sum())
     short = float((treatment <= pairs["reference_chars_treatment"]).mean())
     enough = share >= MIN_NOT_LONGER and similar >= MIN_SIMILAR
     verdict = f"{share:.0%} of the pairs are not longer ({MIN_NOT_LONGER:.0%} needed), "
@@ -94,8 +94,10 @@ def overlap(pairs):
     return {**numbers, "identifiable": enough, "verdict": verdict}
 
 
-def _within(pairs, tolerance):
-    control, treatment = pairs["chars_control"], pairs["chars_treatment"]
+def within(pairs, tolerance, unit="chars"):
+    """Which pairs have answers of like length, a bool Series: |treatment - control| <= tolerance *
+    control. pairs: with columns <unit>_control and <unit>_treatment."""
+    control, treatment = pairs[f"{unit}_control"], pairs[f"{unit}_treatment"]
     return (treatment - control).abs() <= tolerance * control
 
 
@@ -108,7 +110,7 @@ def length_matched(pairs, tolerances=TOLERANCES):
     control, treatment = 100 * wins_of(pairs)
     rows = []
     for tolerance in tolerances:
-        delta = (treatment - control)[_within(pairs, tolerance).to_numpy()]
+        delta = (treatment - control)[within(pairs, tolerance).to_numpy()]
         mean = delta.mean() if len(delta) else np.nan
         se = delta.std(ddof=1) / len(delta) ** 0.5 if len(delta) > 1 else np.nan
         rows.append([tolerance, mean, se, len(delta)])

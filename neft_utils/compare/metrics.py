@@ -5,6 +5,7 @@ import pandas as pd
 
 from neft_utils.base.profiles import LEADERBOARD
 from neft_utils.compare import curves
+from neft_utils.compare.end_of_turn import content_nll
 from neft_utils.compare.words import LOG_RATIO, Quantity
 
 # Metric -> (unit, what it is). The order is the order of the tables' columns.
@@ -43,6 +44,8 @@ METRICS = {
     **{name: ("share", f"{name}, as the Open LLM Leaderboard scores it") for name in LEADERBOARD},
     "preference": ("points", "judged better than the reference answer, per cent"),
     "alpaca_eval": ("points", "AlpacaEval: judged better than text_davinci_003, per cent"),
+    "reward": ("logits", "what the profile's reward model gives the answers"),
+    "alpaca_eval_reward": ("logits", "the same of the answers to AlpacaEval's prompts"),
     "train_seconds": ("s", "time of the optimiser steps"),
     "answer_seconds": ("s", "time to answer the test prompts"),
 }
@@ -86,6 +89,13 @@ _WORDS = {
         "lower": "lower",
         "better": 1,
     },
+    # Neither way is better by itself: a reward model likes length, see compare.rewards.
+    "reward": {"subject": "the reward model's score is", "higher": "higher", "lower": "lower"},
+    "alpaca_eval_reward": {
+        "subject": "the reward model's score of answers to AlpacaEval's prompts is",
+        "higher": "higher",
+        "lower": "lower",
+    },
 }
 # What fine-tuning gained is told where the untrained model has the same quantity.
 GAINS = ("end_nll", "content_nll", "test_nll", "test_nll_by_row", "ood_nll")
@@ -102,6 +112,7 @@ def quantity(name):
 _PENALISED = "decoding == @decoding and set == 'test'"
 _PLAIN = "decoding == 'greedy' and set == 'test'"
 _TEST = ("losses", "split == 'test'", "example_id")
+REWARDED = {"reward": "test", "alpaca_eval_reward": "alpaca_eval"}  # the sets of rewards.csv
 ITEMS = {
     "answer_length": ("generations", _PENALISED, "example_id", "n_tokens"),
     "answer_length_plain": ("generations", _PLAIN, "example_id", "n_tokens"),
@@ -136,8 +147,13 @@ ITEMS = {
         name: ("preferences", f"set == '{one}'", "example_id", "preference")
         for name, one in (("preference", "test"), ("alpaca_eval", "alpaca_eval"))
     },
+    **{
+        name: ("rewards", f"set == '{one}'", "example_id", "reward")
+        for name, one in REWARDED.items()
+    },
 }
 JUDGED = ("preference", "alpaca_eval")
+MAY_LACK = (*JUDGED, *REWARDED)  # an answer without a value drops its pair and nothing else
 RISES = {"weight_rise": "weights", "typo_rise": "prompt"}  # kinds of perturbed_losses.csv
 # A loss per token is a mean over tokens, as the training loss is: a row weighs as it has tokens.
 BY_TOKENS = ("content_nll", "test_nll", "ood_nll", "train_nll", "gap")
@@ -178,8 +194,7 @@ def per_item(run, name, decoding):
         return _equally(values)
     tokens = found.n_tokens.astype(float)
     if name == "content_nll":
-        tokens = tokens[tokens > 1] - 1
-        values = (values * (tokens + 1) - found.end_nll)[tokens.index] / tokens
+        values, tokens = content_nll(found), tokens - 1
     if name == "gap":
         training = per_item(run, "train_nll", decoding)
         if training is None:

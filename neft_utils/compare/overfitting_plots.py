@@ -1,37 +1,18 @@
 """The picture of `overfitting`: held-out loss against training loss, one curve an arm."""
 
-import dataclasses
-
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.lines import Line2D
 
 from neft_utils.compare import curves
-from neft_utils.compare.claims import only_alpha
-from neft_utils.compare.plots import colour_of
-from neft_utils.compare.run_plots import BASELINE, styled, wrapped
+from neft_utils.compare.plots import WIDTH, colour_of, titled, words_of
+from neft_utils.compare.run_plots import BASELINE, styled
 from neft_utils.compare.words import capital
 
 ALT = (
     "Loss on held-out rows against loss on training rows, one curve an arm, from before training on"
     " the left to its end on the right; thin lines are single runs."
 )
-
-
-def words_of(arm, profile):
-    """What a reader calls an arm: "noise, α = 15", "LoRA dropout 0.1", "no noise".
-
-    Its name where that would not say what it changes.
-    """
-    change, pair = profile.arms[arm], profile.confirmatory
-    if not only_alpha(dataclasses.replace(change, lora_dropout=None)) or change.data_fraction < 1:
-        return arm
-    said = [f"noise, α = {change.noise_alpha:g}"] if change.noise_alpha else []
-    if change.lora_dropout:
-        said.append(f"LoRA dropout {change.lora_dropout:g}")
-    if arm == pair.control and profile.arms[pair.treatment].noise_alpha:
-        return "no noise"
-    return " and ".join(said) or arm
 
 
 @styled
@@ -43,7 +24,7 @@ def held_out_against_training(found, profile, title):
     Means are over the seeds that all arms have, since the rows of some seeds are harder than those
     of others (over all of an arm's, where they share none), and over epochs that all of these have.
     """
-    figure, axis = plt.subplots(figsize=(6.4, 5.2))
+    figure, axis = plt.subplots(figsize=(WIDTH, 5.4))
     arms = [arm for arm in profile.arms if any(arm == name for name, _ in found)]
     shared = set.intersection(*({s for name, s in found if name == arm} for arm in arms))
     handles = []
@@ -70,8 +51,8 @@ def held_out_against_training(found, profile, title):
     axis.set(
         xlabel="loss on the training rows, nats per token (training goes this way →)",
         ylabel="loss on held-out rows, nats per token (↓ better)",
-        title=wrapped(title),
     )
+    titled(figure, title)
     grey = {"color": BASELINE, "linestyle": ""}
     handles.append(Line2D([], [], marker="o", markerfacecolor="none", label="best epoch", **grey))
     handles.append(Line2D([], [], marker="s", label="end of training", **grey))

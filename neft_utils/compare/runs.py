@@ -15,6 +15,7 @@ from neft_utils.compare.expected import EVIDENCE
 from neft_utils.data.sources import read_jsonl
 
 FILES = ("losses", "task_items", "perturbed_losses", "stopping", "preferences")
+LATER = ("rewards",)  # which runs of an older version have not
 
 
 def open_results(profile, out):
@@ -40,8 +41,8 @@ def open_results(profile, out):
 def load_runs(folder, profile=None):
     """{(arm, seed): run} of the finished runs below `folder`.
 
-    A run is a dict: scores and provenance, `generations` and each of FILES as DataFrames (empty
-    where nothing was asked), and for trained ones `noise`, `log` (train_log.csv) and `curve`
+    A run is a dict: scores and provenance, `generations` and each of FILES and LATER as DataFrames
+    (empty where nothing was asked), and for trained ones `noise`, `log` (train_log.csv) and `curve`
     (losses_by_epoch.csv; None for the others and where an older version trained). profile: only its
     runs, in its order, so none of an earlier version of it. ConfigError for a run that lacks one of
     FILES.
@@ -59,7 +60,7 @@ def load_runs(folder, profile=None):
         runs[about["arm"], about["seed"]] = {
             "scores": json.loads(scores.read_text("utf-8")),
             "provenance": about,
-            **{name: pd.read_csv(run / f"{name}.csv", dtype=_NAMES) for name in FILES},
+            **{name: _table(run / f"{name}.csv") for name in (*FILES, *LATER)},
             "generations": pd.DataFrame(read_jsonl(run / "generations.jsonl")),
             "noise": read_json(run / "noise.json"),
             "log": pd.read_csv(log) if log.exists() else None,
@@ -70,7 +71,9 @@ def load_runs(folder, profile=None):
     return {run: runs[run] for run in [(BASE, 0), *profile.runs()] if run in runs}
 
 
-_NAMES = {"example_id": str, "item_id": str}
+def _table(path):
+    names = {"example_id": str, "item_id": str}
+    return pd.read_csv(path, dtype=names) if path.exists() else pd.DataFrame()
 
 
 def missing_runs(profile, runs):

@@ -12,7 +12,15 @@ import pandas as pd
 
 from neft_utils.base.strict import ConfigError
 from neft_utils.compare import length_control, length_pairs, stats
-from neft_utils.compare.metrics import JUDGED, METRICS, OWN_ROWS, mean, per_item, quantity
+from neft_utils.compare.metrics import (
+    MAY_LACK,
+    METRICS,
+    OWN_ROWS,
+    REWARDED,
+    mean,
+    per_item,
+    quantity,
+)
 from neft_utils.compare.runs import engine_of
 from neft_utils.compare.words import LOG_RATIO, digits_of, show, verdict
 
@@ -35,7 +43,8 @@ class Contrast:
 def by_seed(runs, decoding):
     """One row per run: arm, seed and METRICS, in the order of `runs`.
 
-    runs: from `runs.load_runs`, here and below. decoding: the answers' decoding to report.
+    runs: from `runs.load_runs`, here and below. decoding: the answers' decoding to report. Columns
+    of rewards are there only where a run has any: tables of older versions have none.
     """
     rows = []
     for (arm, seed), run in runs.items():
@@ -56,7 +65,8 @@ def by_seed(runs, decoding):
             row["best_validation_nll"] = run["log"].validation_nll.min()
             row["train_seconds"] = run["provenance"]["train_seconds"]
         rows.append(row)
-    return pd.DataFrame(rows).astype(dict.fromkeys(METRICS, float))
+    table = pd.DataFrame(rows).astype(dict.fromkeys(METRICS, float))
+    return table.drop(columns=[name for name in REWARDED if table[name].isna().all()])
 
 
 def _sets(generations):
@@ -75,7 +85,7 @@ def main_table(seeds, arms):
         if group.empty:
             continue
         row = {"arm": arm}
-        for name in METRICS:
+        for name in (one for one in METRICS if one in seeds):
             values = group[name].dropna().to_numpy()
             one = stats.seed_interval(values) if len(values) else None
             row[name] = one.estimate if one else math.nan
@@ -90,14 +100,14 @@ def paired(runs, pair, name, decoding):
 
     pair: a `Contrast`. Only seeds that every arm has and that were asked. None if there are none.
     ConfigError if arms of a seed have different items, or items of different length (an answer
-    that a judge left out drops its pair).
+    that a judge or a reward model left out drops its pair).
     """
     frames = []
     for seed in _common_seeds(runs, pair):
         sides = [per_item(runs[arm, seed], name, decoding) for arm in pair.arms]
         if any(side is None for side in sides):
             continue
-        if name not in JUDGED:
+        if name not in MAY_LACK:
             _refuse_unlike(sides, pair, seed, name)
         values = [side.value for side in sides]
         delta = (values[0] - sum(values[1:]) / len(pair.controls)).dropna()
@@ -133,16 +143,22 @@ def contrast(runs, seeds, pair, name, decoding):
     seed has its own), the t interval over seed pairs. seeds: `by_seed(runs, decoding)`.
     """
     deltas = paired(runs, pair, name, decoding) if name not in OWN_ROWS else None
-    if deltas is not None:
-        whole = deltas.groupby("example_id").seed.transform("size") == deltas.seed.nunique()
-        if whole.any():
-            return stats.confirmatory_interval(deltas[whole])
+    found = None if deltas is None else two_way(deltas)
+    if found is not None or name not in seeds:
+        return found
     wide = seeds[seeds.arm.isin(pair.arms)].pivot(index="seed", columns="arm", values=name)
     if not set(pair.arms) <= set(wide.columns):
         return None
     wide = wide.dropna()
     values = (wide[pair.treatment] - wide[list(pair.controls)].mean(axis=1)).to_numpy()
     return stats.seed_interval(values) if len(values) else None
+
+
+def two_way(deltas):
+    """`stats.confirmatory_interval` of `paired` differences, over the items that all seeds have;
+    None without such an item."""
+    whole = deltas.groupby("example_id").seed.transform("size") == deltas.seed.nunique()
+    return stats.confirmatory_interval(deltas[whole]) if whole.any() else None
 
 
 def contrasts(runs, seeds, profile, decoding):
@@ -243,7 +259,7 @@ def main_markdown(main):
     heads = [f"{arm} ({row['n_seeds']})" for arm, row in arms.items()]
     lines = ["| metric, unit | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for name, (unit, _) in METRICS.items():
-        if main[name].notna().any():
+        if name in main and main[name].notna().any():
             cells = [_with_interval(row, name) for row in arms.values()]
             shown = "tokens, geometric mean" if unit == LOG_RATIO else unit
             lines.append(f"| `{name}`, {shown} | " + " | ".join(cells) + " |")

@@ -64,9 +64,7 @@ def load_reward_model(settings):
         f"{where}: its tokenizer has no eos_token: name another model",
     )
     if not tokenizer.chat_template:
-        raise ConfigError(
-            f"{where} has no chat template to read an answer by: name another"
-        )
+        raise ConfigError(f"{where} has no chat template to read an answer by: name another")
     # A CPU scores in float32: the differences between answers are small.
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     try:

@@ -12,16 +12,17 @@ import pandas as pd
 
 from neft_utils.base.files import ROOT, read_json
 from neft_utils.base.paths import BASE, NOTEBOOKS, REFERENCE, STEPS
-from neft_utils.compare import facts, published_views
+from neft_utils.compare import end_of_turn, facts, published_views
 from neft_utils.compare.claims import claims_markdown, dose, only_alpha
 from neft_utils.compare.expected import duration, notebook_seconds
+from neft_utils.compare.metrics import METRICS
 from neft_utils.compare.tables import Contrast, main_markdown
 from neft_utils.compare.words import digits_of, plain, show, size, with_interval
 from neft_utils.make.front import described, filled, lines_of
 
 
 def certainty(results):
-    """How far the primary answers reach, and what more seed pairs would buy."""
+    """How far the primary answers reach, and what more seed pairs would find."""
     testable = [one for one in results.primary if one.verdict.testable]
     second = results.ledger["held_out_loss"]
     shown = testable or ([second] if second.verdict.testable else [])
@@ -29,16 +30,16 @@ def certainty(results):
         return "One seed pair, so no interval: nothing to plan with.\n"
     sizes = sorted({(one.interval.n_seeds, one.interval.n_examples) for one in shown})
     text = " and ".join(f"{pairs} seed pairs with {rows} rows or answers" for pairs, rows in sizes)
-    text += " stand behind these intervals."
+    text = f"These intervals come from {text}."
     if (results.folder / "tables/coverage.csv").exists():
         rates = pd.read_csv(results.folder / "tables/coverage.csv")
         text += (
-            f" In simulated experiments such a 95 % interval holds the truth in"
+            f" In simulated experiments such a 95 % interval contains the truth in"
             f" {rates.interval.min():.0%} to {rates.interval.max():.0%} of them, with normal and"
             f" with heavy-tailed rows, equal and weighted by tokens; a bootstrap over seeds and"
             f" rows in as few as {rates.crossed_bootstrap.min():.0%}."
         )
-    text += " What more seeds would buy, the test rows staying as many as they are:"
+    text += " What more seed pairs would find with the same number of test rows:"
     lines, heads = [], "smallest effect found four times out of five"
     for one in shown:
         plan, unit = results.plan(one.claim.metric), one.verdict.quantity.unit
@@ -139,7 +140,8 @@ def fine_tuning(results):
     said = [f"`{name}` {both[name][BASE]:.2f} to {both[name][control]:.2f}" for name in both]
     if not said:
         return ""
-    return f"Fine-tuning alone, without noise, moves following instructions: {', '.join(said)}."
+    text = "Fine-tuning alone, without noise, changes how often instructions are followed"
+    return f"{text}: {', '.join(said)}."
 
 
 def overlap(results):
@@ -185,11 +187,39 @@ def curve(results):
         pairs, number = 0, "–"
         one = results.contrast(Contrast(arm, (profile.control_of(arm),)), first.claim.metric)
         if one is not None:
-            unit = first.verdict.quantity.unit
-            pairs, number = one.n_seeds, with_interval(one, unit).removesuffix(f" {plain(unit)}")
+            pairs, number = one.n_seeds, _number(one, first.claim.metric)
         cells = (f"{change.noise_alpha:g}", f"{statistics.mean(shares):.2f}", len(shares), pairs)
         lines.append("| " + " | ".join(map(str, (*cells, number))) + " |")
     return "\n".join([*lines, *_notes(results)]) + "\n"
+
+
+def by_arm(results):
+    """What every arm does to the end of turn, in quarters of the answers' length, and to content.
+
+    A row an arm, against its control. ConfigError where no run has end_nll.
+    """
+    profile = results.profile
+    arms = [arm for arm in profile.arms if arm != profile.control_of(arm)]
+    changes = end_of_turn.changes_of_runs(results.runs, profile, arms)
+    quarters = end_of_turn.by_length(changes)
+    quarters = quarters[quarters.seed.isna() & (quarters.measure == "end_nll")]
+    lengths = quarters.groupby("part").length.median()
+    heads = [f"answers of about {length:.0f} tokens" for length in lengths]
+    heads = ["arm", "pairs", "end of turn, nats", *heads, "content, nats per token"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for arm, rows in changes.groupby("label", sort=False):
+        end, content = (end_of_turn.interval(rows, one) for one in ("end_nll", "content_nll"))
+        parts = quarters[quarters.label == arm].sort_values("part").itertuples()
+        cells = [_number(one, "end_nll") for one in (end, *parts)]
+        cells = (f"`{arm}`", str(rows.seed.nunique()), *cells, _number(content, "content_nll"))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _number(interval, metric):
+    """A difference with its ends and without its unit, which stands in the table's head."""
+    unit = METRICS[metric][0]
+    return with_interval(interval, unit).removesuffix(f" {plain(unit)}")
 
 
 def rules(results):
@@ -212,7 +242,7 @@ def rules(results):
 
 
 # What the pages of docs/ show.
-ANSWERS = (certainty, length, length_picture, cost, evidence, overlap, curve, rules)
+ANSWERS = (certainty, length, length_picture, cost, evidence, overlap, curve, by_arm, rules)
 
 
 def _notes(results):

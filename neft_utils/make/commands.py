@@ -81,6 +81,7 @@ def _parser():
     command("figures", figures, f"re-execute {names} from stored results")
     sub = command("promote", promote_results, "copy complete, clean results to results/reference")
     sub.add_argument("--partial", action="store_true", help="what is whole, to results/partial")
+    command("resume", resume_partial, "take over the runs of results/partial, then make reproduce")
     command("compare", compare, "hold local results against the reference")
     sub = command("bench", bench, "time ours beside plain TRL, to results/local/bench.json")
     sub.add_argument("--steps", type=int, default=6, help="optimiser steps a row, first not timed")
@@ -232,6 +233,17 @@ def promote_results(arguments):
     profile, _, paths = _profile(arguments)
     say(promote(profile, paths, arguments.partial))
     update_readme()
+
+
+def resume_partial(arguments):
+    """Runs that another machine kept in results/partial, beside rows that are made here."""
+    from neft_utils.make.resume import resume
+
+    profile, reference, paths = _profile(arguments)
+    if not (paths.results / "manifest.json").exists():
+        execute(profile, reference, paths, 1)
+        say(f"{STEPS[1]} done")
+    say(resume(profile, paths))
 
 
 def compare(arguments):

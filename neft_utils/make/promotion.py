@@ -33,8 +33,9 @@ def promote(profile, paths, partial=False):
     """Copy a profile's local results; returns a sentence that says what went where.
 
     paths: base.paths.Paths of the local results. partial: take the runs that are whole, to
-    results/partial. Raises ConfigError for a dirty tree, for runs of several commits, of an edited
-    tree or of older code, for a missing run (or, if `partial`, for none).
+    results/partial. Several commits may have made the runs, if what a run depends on is as today.
+    Raises ConfigError for a dirty tree, for runs of an edited tree or of older code, for a missing
+    run (or, if `partial`, for none).
     """
     _check_profile(profile)
     if shutil.which("git") is None:
@@ -55,8 +56,6 @@ def promote(profile, paths, partial=False):
     if not whole:
         raise ConfigError("no run is complete: run make reproduce first")
     commits = {commit for run in whole for commit in _commits(profile, paths, *run)}
-    if len(commits) > 1:
-        raise ConfigError(f"runs come from {len(commits)} commits: delete the older ones")
     _check_rows(profile, paths)
     if not (paths.results / "claims.json").exists():
         raise ConfigError("no claims.json: run make reproduce (where runs are missing: figures)")
@@ -68,9 +67,10 @@ def promote(profile, paths, partial=False):
         shutil.rmtree(part, ignore_errors=True)
     if profile.device == "cuda":
         keep_gpu_bench(ROOT / paths.out / BENCH_GPU, ROOT / REFERENCE / BENCH_GPU)
+    made = " and ".join(sorted(commit[:12] for commit in commits))
     without = f" without {', '.join(missing)}" if missing else ""
     return (
-        f"promoted {len(whole)} runs of {commits.pop()[:12]}{without} to"
+        f"promoted {len(whole)} runs of {made}{without} to"
         f" {os.path.relpath(target, ROOT)}: commit it"
     )
 

@@ -150,16 +150,16 @@ class TestRuns:
 
     def test_the_figure_shows_both_parts_over_the_same_lengths(self):
         drawn = end_of_turn_figure(self.runs(), self.profile)
-        left, right = drawn.axes
+        upper, lower = drawn.axes
         lengths = []
-        for axis, words in ((left, "later to stop"), (right, "better")):
-            assert words in axis.get_title("left") and axis.get_ylabel() and axis.get_xlabel()
+        for axis, words in ((upper, "later to stop"), (lower, "better")):
+            assert words in axis.get_title("left") and axis.get_ylabel()
             thick = [line for line in axis.lines if line.get_marker() == "o"]
             thin = [line for line in axis.lines if line.get_linewidth() < 1]
             assert len(thick) == 1 and len(thin) == 2
             lengths.append(thick[0].get_xdata().tolist())
-        assert lengths[0] == lengths[1] and len(lengths[0]) == 4
-        line = next(line for line in left.lines if line.get_marker() == "o")
+        assert lengths[0] == lengths[1] and len(lengths[0]) == 4 and lower.get_xlabel()
+        line = next(line for line in upper.lines if line.get_marker() == "o")
         assert line.get_ydata()[0] < -10  # percentage points, not shares
         title = f"{line.get_ydata()[0]:+.1f} points"
         assert title in drawn.get_suptitle().replace("\n", " ")
@@ -179,4 +179,4 @@ def test_several_labels_are_lines_of_several_colours():
     assert len({line.get_color() for line in thick}) == 2
     assert thick[0].get_ydata()[0] < 0 < thick[1].get_ydata()[0]
     names = [text.get_text() for text in drawn.legends[0].get_texts()]
-    assert names[:2] == ["cpu, mean of 2 seed pairs", "gpu-small, mean of 2 seed pairs"]
+    assert names[:2] == ["cpu, mean of 2 pairs", "gpu-small, mean of 2 pairs"]

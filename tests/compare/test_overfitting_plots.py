@@ -1,7 +1,5 @@
 """The figure of runs that overfit shows what its table says, in words that a reader knows."""
 
-import dataclasses
-
 import pytest
 from made_runs import curve, made_run
 
@@ -83,18 +81,3 @@ def test_the_title_says_what_equal_training_loss_shows():
     assert title == f"Noise, α = 15, control stopped at equal training loss: {said}"
     alone = overfitting.comparisons(some_runs(("baseline", "dropout")), PROFILE)
     assert overfitting_plots.finding(alone, PROFILE).startswith("LoRA dropout 0.1, control")
-
-
-def test_arms_that_change_more_than_noise_or_dropout_keep_their_names():
-    arms = {
-        **PROFILE.arms,
-        "half": dataclasses.replace(PROFILE.arms["neft_a15"], data_fraction=0.5),
-        "prompt": dataclasses.replace(PROFILE.arms["neft_a15"], where="prompt"),
-        "both": dataclasses.replace(PROFILE.arms["neft_a15"], lora_dropout=0.1),
-    }
-    profile = dataclasses.replace(PROFILE, arms=arms)
-    words = {arm: overfitting_plots.words_of(arm, profile) for arm in arms}
-    assert words["half"] == "half" and words["prompt"] == "prompt"
-    assert words["both"] == "noise, α = 15 and LoRA dropout 0.1"
-    tuning = load_profile("cpu-overfit-tuning")
-    assert overfitting_plots.words_of("lr_1e3", tuning) == "lr_1e3"

@@ -368,22 +368,34 @@ def test_the_gpu_bench_without_a_gpu_says_so(nano):
     assert done.returncode == 1 and "error: make bench-gpu needs a CUDA GPU" in done.stderr
 
 
-def test_compare_holds_like_with_like(nano, tmp_path):
+@pytest.fixture
+def stored(nano):
+    """Folder of a reference of nano, a copy of its results; gone after the test."""
     folder, results, _ = nano
-    stored = folder / "results" / "reference" / "nano"
-    shutil.copytree(results, stored, ignore=shutil.ignore_patterns("adapter"))
+    reference = folder / "results" / "reference" / "nano"
+    shutil.copytree(results, reference, ignore=shutil.ignore_patterns("adapter"))
+    yield reference
+    shutil.rmtree(reference)
+
+
+def test_compare_holds_like_with_like(nano, stored):
+    folder, _, _ = nano
     same = neft(folder, "compare", "--profile", "nano")
     assert same.returncode == 0 and "MISS" not in same.stdout
     assert "ok baseline test_nll: reference" in same.stdout
     assert "ok neft_a15 - baseline content_nll: reference" in same.stdout
-    losses = stored / "runs" / "neft_a15-s0" / "losses.csv"
-    table = pd.read_csv(losses)
-    table.assign(nll=table.nll + 1).to_csv(losses, index=False)
+    # Every run of an arm is off by as much: with two seeds, one alone may be chance.
+    tables = {}
+    for seed in (0, 1):
+        losses = stored / "runs" / f"neft_a15-s{seed}" / "losses.csv"
+        tables[losses] = table = pd.read_csv(losses)
+        table.assign(nll=table.nll + 1).to_csv(losses, index=False)
     other = neft(folder, "compare", "--profile", "nano")
     assert other.returncode == 1 and "MISS neft_a15 test_nll" in other.stdout
     assert "MISS baseline" not in other.stdout
     # What an older version scored is held as far as it goes, and named.
-    table.drop(columns="end_nll").to_csv(losses, index=False)
+    for losses, table in tables.items():
+        table.drop(columns="end_nll").to_csv(losses, index=False)
     older = neft(folder, "compare", "--profile", "nano")
     assert older.returncode == 0 and "MISS" not in older.stdout
     config = stored / "runs" / "baseline-s0" / "config.json"
@@ -397,7 +409,6 @@ def test_compare_holds_like_with_like(nano, tmp_path):
     (stored / "manifest.json").write_text(json.dumps(manifest), "utf-8")
     rows = neft(folder, "compare", "--profile", "nano")
     assert rows.returncode == 1 and "different rows (test.jsonl)" in rows.stderr
-    shutil.rmtree(stored)
 
 
 def test_two_at_once_are_refused(nano):
@@ -497,6 +508,21 @@ def test_a_missing_run_is_never_a_reference_and_partial_results_name_it(reposito
     for name in ("main.md", "claims.md"):
         text = (stored / "tables" / name).read_text("utf-8")
         assert "Not complete: 1 of 5 runs are missing, baseline-s1." in text
+    shutil.rmtree(runs.parent)
+    # Another machine goes on from there: what is stored is not made again.
+    shutil.rmtree(folder / ".snakemake")
+    shutil.rmtree(folder / "data" / "processed" / "nano")
+    taken = neft(folder, "resume", "--profile", "nano")
+    assert taken.returncode == 0 and "4 of 5 runs are taken from" in taken.stdout, taken.stderr
+    scores = {path.parent.name: path.stat().st_mtime_ns for path in runs.glob("*/scores.json")}
+    assert set(scores) == copies
+    more = neft(folder, "reproduce", "--profile", "nano", timeout=900)
+    assert more.returncode == 0 and more.stdout.count("finished finetune") == 2, more.stderr
+    kept = {name: (runs / name / "scores.json").stat().st_mtime_ns for name in scores}
+    # neft_a15-s1 is cut to the length of baseline-s1's answers, which are new.
+    assert {name for name in scores if kept[name] != scores[name]} == {"neft_a15-s1"}
+    again = neft(folder, "resume", "--profile", "nano")
+    assert again.returncode == 1 and "no run that is missing here" in again.stderr
     shutil.rmtree(runs.parent)
     figures = neft(folder, "figures", "--profile", "nano")
     assert "these are the numbers of results/partial" in figures.stdout, figures.stderr
