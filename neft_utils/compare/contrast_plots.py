@@ -33,17 +33,15 @@ def learning_curves(runs, profile, verdict):
     `runs.load_runs`; verdict: of the confirmatory treatment's `best_validation_nll`.
     """
     main, seen = profile.confirmatory, set()
-    logs = {key: run["log"] for key, run in runs.items() if run["log"] is not None}
     curves = {
-        key: log.dropna(subset="validation_nll").set_index("epoch").validation_nll
-        for key, log in logs.items()
-        if key[0] in profile.arms
+        key: run["log"].dropna(subset="validation_nll").set_index("epoch").validation_nll
+        for key, run in runs.items()
+        if run["log"] is not None and key[0] in profile.arms
     }
-    rows = {}
-    for arm in profile.arms:
-        seeds = [s for name, s in curves if name == arm and (profile.control_of(arm), s) in curves]
-        if arm != profile.control_of(arm) and seeds:
-            control = profile.control_of(arm)
+    controls, rows = {arm: profile.control_of(arm) for arm in profile.arms}, {}
+    for arm, control in controls.items():
+        seeds = [s for name, s in curves if name == arm and (control, s) in curves]
+        if arm not in controls.values() and seeds:
             rows[arm] = [curves[arm, s].min() - curves[control, s].min() for s in seeds]
     figure, (top, bottom) = plt.subplots(
         2,
@@ -113,7 +111,7 @@ def seed_pairs(panels):
         axis.set(ylim=(-0.6, 1.6), xlabel=directions(about))
         axis.grid(axis="y", visible=False)
         said = textwrap.fill(f"Here: {found.verdict}", 74)
-        axis.set_title(f"Claim: {found.claim.text}\n{said}", fontsize=10, x=-0.155)
+        axis.set_title(f"Claim: {found.claim.text}\n{said}", fontsize=10, x=-0.13)
     verdicts = [found.verdict for found, _ in panels]
     titled(figure, f"With noise minus without: {_counted(verdicts, 'claims fixed beforehand')}")
     return figure
@@ -271,7 +269,7 @@ def ledger(findings):
     kinds = {
         1: (COLOURS[0], "a difference is seen, as claimed"),
         -1: (AGAINST, "seen, against the claim"),
-        0: (BASELINE, "no difference seen"),
+        0: (BASELINE, "not seen, or not after correction"),
     }
     for place, row in zip(places, shown, strict=True):
         one, sign = row.interval, row.claim.claimed or row.verdict.quantity.better or 1
@@ -287,7 +285,10 @@ def ledger(findings):
         "← against the claim      as claimed →\n"
         "difference, in units of the smallest one found four times out of five"
     )
+    sides = {_side(row.verdict) for row in shown}
     for side, (colour, text) in kinds.items():
+        if side not in sides:
+            continue
         face = colour if side else "white"
         axis.plot([], [], "o-", color=colour, markerfacecolor=face, label=text)
     figure.legend(loc="outside lower left", ncols=2)
