@@ -89,9 +89,10 @@ def test_learning_curves_of_many_arms_have_room_for_all():
     names = [text.get_text() for text in figure.axes[1].texts]
     assert names == [
         "noise, α = 15",
+        "noise on the prompt, α = 15",
+        "noise on the response, α = 15",
+        "noise, α = 30, packed length",
         "LoRA dropout 0.1",
-        "weight decay 0.1",
-        "noise, α = 15, 25% of the rows, against no noise, 25% of the rows",
     ]
 
 
