@@ -19,6 +19,7 @@ from neft_utils.compare import stats
 from neft_utils.compare.end_of_turn import rows_interval
 from neft_utils.compare.metrics import METRICS, OWN_ROWS, per_item
 from neft_utils.compare.results import Results
+from neft_utils.compare.tables import two_way
 from neft_utils.compare.words import AGREES, DIFFERS, NO_INTERVAL, held, plain, size
 
 ONE_SIDE = "only one side has it"
@@ -106,10 +107,9 @@ def _moved(there, here, runs, name, level):
             frames.append(pd.DataFrame(row | {"weight": sides[0].weight[delta.index].array}))
     if frames and len(runs) == 1:
         return rows_interval(frames[0].delta, frames[0].weight, level)
-    if len(frames) == len(runs):
-        deltas = pd.concat(frames, ignore_index=True)
-        shared = deltas.groupby("example_id").seed.transform("size") == len(runs)
-        if shared.any():
-            return stats.confirmatory_interval(deltas[shared], level)
+    if len(frames) == len(runs) and all(map(len, frames)):
+        found = two_way(pd.concat(frames, ignore_index=True), level)
+        if found is not None:
+            return found
     values = [side.seeds.set_index(["arm", "seed"])[name].loc[runs] for side in (there, here)]
     return stats.seed_interval((values[1] - values[0]).dropna(), level)

@@ -32,7 +32,7 @@ def learning_curves(runs, profile, verdict):
     same seed of the arm's own control, each at the epoch where it is best. runs: from
     `runs.load_runs`; verdict: of the confirmatory treatment's `best_validation_nll`.
     """
-    main, seen = profile.confirmatory, set()
+    main = profile.confirmatory
     curves = {
         key: run["log"].dropna(subset="validation_nll").set_index("epoch").validation_nll
         for key, run in runs.items()
@@ -53,7 +53,6 @@ def learning_curves(runs, profile, verdict):
         colour = names.get(arm, COLOURS[4])
         width = 1.5 if arm in names else 0.8
         top.plot(curve.index, curve, "o-", color=colour, linewidth=width, markersize=3.5)
-        seen.add(arm)
     top.set(xlabel="epoch", ylabel="nats per token (↓ better)")
     top.set_title("Validation loss, noise off: a line a run", fontsize=10)
     top.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -67,6 +66,7 @@ def learning_curves(runs, profile, verdict):
         label_rows(bottom, [_against(arm, profile) for arm in rows], places)
     bottom.set_title("Lowest validation loss, a point a seed pair, | their mean", fontsize=10)
     bottom.set_xlabel(directions(verdict.quantity))
+    seen = {arm for arm, _ in curves}
     handles = [
         Line2D([], [], marker="o", color=colour, label=words_of(arm, profile))
         for arm, colour in names.items()

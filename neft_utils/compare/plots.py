@@ -62,8 +62,8 @@ def _words(arm, profile):
         place = {"all": "", "prompt": " on the prompt", "response": " on the response"}
         rule = {"sequence": "", "padded": ", padded length", "packed": ", packed length"}
         said.append(f"{kind}{place[change.where]}, α = {change.noise_alpha:g}{rule[change.length]}")
-    plain = noisy and not change.noise_alpha and arm == profile.confirmatory.control
-    if not plain:  # what the plain one has, all have
+    control = noisy and not change.noise_alpha and arm == profile.confirmatory.control
+    if not control:  # what the control has, all have
         parts = {
             "learning rate {:g}": change.learning_rate,
             "{} epochs": change.epochs,

@@ -154,11 +154,11 @@ def contrast(runs, seeds, pair, name, decoding):
     return stats.seed_interval(values) if len(values) else None
 
 
-def two_way(deltas):
+def two_way(deltas, level=0.95):
     """`stats.confirmatory_interval` of `paired` differences, over the items that all seeds have;
     None without such an item."""
     whole = deltas.groupby("example_id").seed.transform("size") == deltas.seed.nunique()
-    return stats.confirmatory_interval(deltas[whole]) if whole.any() else None
+    return stats.confirmatory_interval(deltas[whole], level) if whole.any() else None
 
 
 def contrasts(runs, seeds, profile, decoding):
