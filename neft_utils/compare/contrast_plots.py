@@ -137,12 +137,14 @@ def _side(verdict):
 
 @styled
 def answer_lengths(seeds, arms, profile, verdict):
-    """Mean tokens of an answer, a row an arm: a point a run, runs of a seed joined.
+    """Tokens of an answer, a row an arm: a point a run, runs of a seed joined.
 
-    seeds: `tables.by_seed`; arms: names, BASE too; verdict: of the confirmatory `answer_length`.
+    Geometric means, since the verdict's difference is one of logarithms. seeds: `tables.by_seed`;
+    arms: names, BASE too; verdict: of the confirmatory `answer_length`.
     """
-    metric, main = "answer_tokens", profile.confirmatory
-    tokens = seeds.pivot(index="arm", columns="seed", values=metric).dropna(how="all")
+    main = profile.confirmatory
+    logs = seeds.pivot(index="arm", columns="seed", values="answer_length")
+    tokens = np.exp(logs.dropna(how="all"))
     names = [arm for arm in arms if arm in tokens.index]
     tokens = tokens.loc[names]
     figure, axis = plt.subplots(figsize=(WIDTH, 1.6 + 0.6 * len(names)))
@@ -156,12 +158,13 @@ def answer_lengths(seeds, arms, profile, verdict):
         colour = colour_of(arm, list(profile.arms), main.control) if arm != BASE else BASELINE
         face = "white" if arm == BASE else colour
         axis.plot(values, [place] * len(values), "o", color=colour, markerfacecolor=face)
-        axis.plot(values.mean(), place, "|", color="black", markersize=18, markeredgewidth=2)
+        middle = np.exp(np.log(values).mean())
+        axis.plot(middle, place, "|", color="black", markersize=18, markeredgewidth=2)
     labels = [textwrap.fill(words_of(arm, profile), 20) for arm in names]
     axis.set_yticks(places, labels)
     axis.set_ylim(-0.5, len(names) - 0.5)
     axis.grid(axis="y", visible=False)
-    axis.set_xlabel("mean tokens of an answer (longer →); lines join a seed, | is the mean")
+    axis.set_xlabel("tokens of an answer, geometric mean (longer →); lines join a seed, | is the mean of runs")
     arm = words_of(main.treatment, profile)
     titled(figure, headline(arm, "length of answers", verdict))
     return figure

@@ -100,8 +100,9 @@ def test_answers_of_a_seed_are_joined_and_the_untrained_model_stands_apart():
     seeds = pd.DataFrame(
         [(BASE, 0, 90.0), ("baseline", 0, 50.0), ("baseline", 1, 60.0)]
         + [("neft_a15", 0, 70.0), ("neft_a15", 1, 65.0)],
-        columns=["arm", "seed", "answer_tokens"],
+        columns=["arm", "seed", "answer_length"],
     )
+    seeds["answer_length"] = np.log(seeds.answer_length)
     arms = [BASE, *PROFILE.arms]
     figure = contrast_plots.answer_lengths(seeds, arms, PROFILE, FOUND[2].verdict)
     assert "length of answers with noise" in checked(figure).lower()
@@ -109,7 +110,7 @@ def test_answers_of_a_seed_are_joined_and_the_untrained_model_stands_apart():
     names = [" ".join(label.get_text().split()) for label in axis.get_yticklabels()]
     assert names == ["before fine-tuning", "no noise", "noise, α = 15"]
     joined = [line.get_xdata().tolist() for line in axis.lines if line.get_linestyle() == "-"]
-    assert joined == [[50.0, 70.0], [60.0, 65.0]]
+    assert np.allclose(joined, [[50, 70], [60, 65]])
 
 
 def doses(slopes):
