@@ -270,8 +270,8 @@ def _check_mask(mask, shape, context):
     what = f"shape {tuple(mask.shape)}" if is_tensor else f"type {type(mask).__name__}"
     raise ValueError(
         f"attention_mask has {what}, token ids {tuple(shape)}: the noise needs the (batch, tokens)"
-        " mask of real tokens, or beside a mask of who attends whom position_ids that restart at"
-        " each document"
+        " mask of real tokens. If this mask says which token sees which, also pass position_ids that"
+        " restart at each document"
     )
 
 
@@ -624,8 +624,8 @@ class EmbeddingNoise:
         if pieces:
             self._counts[2] = 0
             raise RuntimeError(
-                f"{pieces} sequences begin in their middle (position_ids or cu_seq_lens_q of"
-                " another row): each process or forward has only a piece of them, so their lengths"
+                "position_ids or cu_seq_lens_q say that sequences begin in their middle"
+                f" ({pieces} here): each process or forward has a piece of them, so their lengths"
                 " are unknown. Pass whole sequences, without context or sequence parallelism"
             )
         if padding:

@@ -5,6 +5,7 @@ what range or choice. Whatever does not fit is a ConfigError of one line that na
 its value and the remedy.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import reprlib
@@ -18,6 +19,22 @@ UNKNOWN = object()  # stands where a value was refused, so that the others are s
 
 class ConfigError(ValueError):
     """A profile, arm, seed or path that cannot be; the message says what is allowed."""
+
+
+@contextlib.contextmanager
+def one_line(text):
+    """Whatever a library raises in here becomes a ConfigError of one line.
+
+    text: the message, with "{reason}" where the error's kind and words go. Too little memory stays
+    what it is: others handle it.
+    """
+    try:
+        yield
+    except Exception as error:  # a library's own kinds are a dozen
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        raise ConfigError(text.replace("{reason}", reason)) from None
 
 
 def at_least(low, default=dataclasses.MISSING):

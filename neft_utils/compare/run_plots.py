@@ -79,11 +79,11 @@ def funnel(steps):
     axis.barh(places, rows, color=COLOURS[0])
     axis.barh(places, lost, left=rows, color="#F0F0F0")
     for place, count in zip(places, rows, strict=True):
-        axis.annotate(f"{count:,}", (count, place), (3, -3), textcoords="offset points", fontsize=8)
-    axis.set_yticks(places, names, fontsize=8)
-    axis.set(xlabel="rows left (light: removed by this filter)", xlim=(0, 1.1 * max(rows)))
+        axis.annotate(f"{count:,}", (count, place), (3, -3), textcoords="offset points", fontsize=9)
+    axis.set_yticks(places, names, fontsize=9)
+    axis.set(xlabel="rows left (light: removed by this filter)", xlim=(0, 1.15 * max(rows)))
     title = f"Of {rows[0]:,} rows {rows[-1]:,} pass every filter"
-    axis.set_title(title, x=-0.6)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=STYLE["axes.titlesize"])
     axis.grid(axis="y", visible=False)
     return figure
 
@@ -114,7 +114,7 @@ def training_curve(log):
         ),
     )
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.legend()
+    figure.legend(loc="outside lower center", ncols=3)  # below: nowhere over the data
     return figure
 
 
@@ -136,7 +136,9 @@ def loss_spread(losses):
     within = losses.groupby("split").nll.std().mean()
     axis.set(
         ylabel="NLL (nats per response token)",
-        title=wrapped(f"Examples of one split differ by {within:.1f} nats (standard deviation)"),
+        title=wrapped(
+            f"Examples of one split differ by {within:.1f} nats (standard deviation; black: mean)"
+        ),
     )
     return figure
 
@@ -174,7 +176,7 @@ def pipeline(here=None):
         around.set(facecolor="none", edgecolor=BASELINE)
         axis.add_patch(around)
         middle = (first + last) / 2
-        axis.text(middle, -0.43, "once per arm and seed", ha="center", fontsize=8, color="#555555")
+        axis.text(middle, -0.43, "once per arm and seed", ha="center", fontsize=9, color="#555555")
         for start, end in ARROWS:
             (x, y), (to_x, to_y) = BOXES[start].place, BOXES[end].place
             right, up = (to_x > x) - (to_x < x), (to_y > y) - (to_y < y)

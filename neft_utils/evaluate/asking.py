@@ -64,6 +64,29 @@ def compose(profile, test):
     return verifiable.compose(test, count) if count else []
 
 
+def for_a_judge(profile, answers, test):
+    """{set name: [{"example_id", "prompt", "answer", "reference"}]}, what a judge shall read.
+
+    answers: rows of generations.jsonl; test: the test rows, whose responses are the references.
+    Of a set the first `judge.prompts` answers, decoded as the profile says.
+    """
+    settings = profile.evaluate
+    wanted, usual = settings.alpaca_eval_prompts, decoding_name(settings.repetition_penalty)
+    known = [*test, *(alpaca_eval.rows(wanted) if wanted else ())]
+    known, sets = {row["id"]: row for row in known}, {}
+    for row in answers:
+        name, key = row["set"], row["example_id"]
+        judged = name.startswith("test") or name == alpaca_eval.SET
+        if not judged or row["decoding"] != usual:
+            continue
+        some = sets.setdefault(name, [])
+        if len(some) < settings.judge.prompts:
+            prompt, reference = known[key]["prompt"], known[key]["response"]
+            pair = {"prompt": prompt, "answer": row["text"], "reference": reference}
+            some.append({"example_id": key, **pair})
+    return sets
+
+
 class Answers:
     """Collects the rows of generations.jsonl: answers to rounds of prompts.
 
@@ -97,9 +120,10 @@ class Answers:
             for row in sources.read_jsonl(to / "generations.jsonl")
             if row["set"] == "test"
         }
+        usual = decoding_name(self.settings.repetition_penalty)
         for row in [row for row in self.rows if row["set"] == "test"]:
             limit = limits.get(row["example_id"])
-            if limit is None or row["decoding"] == decoding_name(1.0):
+            if limit is None or row["decoding"] != usual:
                 continue
             ids = self.tokenizer(row["text"], add_special_tokens=False)["input_ids"][:limit]
             short = {"text": self.tokenizer.decode(ids), "n_tokens": min(row["n_tokens"], limit)}

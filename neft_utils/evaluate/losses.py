@@ -1,5 +1,6 @@
 """How well a model predicts given answers, example by example."""
 
+import numpy as np
 import pandas as pd
 
 from neft_utils.train.encoding import encode
@@ -26,5 +27,6 @@ def score_losses(model, tokenizer, splits, batch_tokens, say=print):
         }
         frames.append(pd.DataFrame(frame))
         if rows:
-            say(f"{split}: mean NLL {frames[-1].nll.mean():.4f} over {len(rows)} examples")
+            mean = np.average(frames[-1].nll, weights=frames[-1].n_tokens)
+            say(f"{split}: {mean:.4f} nats a response token over {len(rows)} examples")
     return pd.concat(frames, ignore_index=True)

@@ -11,18 +11,17 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from neft_utils.base import hub
-from neft_utils.base.profiles import decoding_name
-from neft_utils.base.strict import ConfigError
-from neft_utils.evaluate import alpaca_eval
+from neft_utils.base.strict import ConfigError, one_line
+from neft_utils.evaluate import asking
 from neft_utils.train.base_models import open_tokenizer
-from neft_utils.train.folders import device_map
+from neft_utils.train.folders import check_files, device_map
 
 KEY = "evaluate.judge.reward_model"
 COLUMNS = ["set", "example_id", "reward", "reference_reward", "n_words", "reference_words"]
 
 
 def rewards(profile, answers, test, say=print):
-    """DataFrame of rewards.csv, a row an answer; None without a reward model in the profile.
+    """DataFrame of rewards.csv, a row an answer; None without a reward model or answers.
 
     answers: rows of generations.jsonl; test: the test rows, whose responses are the references.
     A reward is a logit; NaN where prompt and answer are longer than the model reads.
@@ -30,21 +29,17 @@ def rewards(profile, answers, test, say=print):
     settings = profile.evaluate.judge
     if settings is None or settings.reward_model is None:
         return None
+    sets = asking.for_a_judge(profile, answers, test)
+    if not sets:
+        return None
     model, tokenizer = load_reward_model(settings)
-    wanted = profile.evaluate.alpaca_eval_prompts
-    known = [*test, *(alpaca_eval.rows(wanted) if wanted else ())]
-    known, rows, seen = {row["id"]: row for row in known}, [], {}
-    for row in answers:
-        name, key = row["set"], row["example_id"]
-        judged = name.startswith("test") or name == alpaca_eval.SET
-        if not judged or row["decoding"] == decoding_name(1.0):
-            continue
-        seen[name] = seen.get(name, 0) + 1
-        if seen[name] > settings.prompts:
-            continue
-        prompt, texts = known[key]["prompt"], (row["text"], known[key]["response"])
-        scores = [reward_of(model, tokenizer, prompt, text) for text in texts]
-        rows.append((name, key, *scores, *(len(text.split()) for text in texts)))
+    rows = []
+    for name, pairs in sets.items():
+        for pair in pairs:
+            texts = pair["answer"], pair["reference"]
+            scores = [reward_of(model, tokenizer, pair["prompt"], text) for text in texts]
+            words = [len(text.split()) for text in texts]
+            rows.append((name, pair["example_id"], *scores, *words))
     frame = pd.DataFrame(rows, columns=COLUMNS)
     means = frame[["reward", "reference_reward"]].mean()
     say(
@@ -57,6 +52,7 @@ def rewards(profile, answers, test, say=print):
 def load_reward_model(settings):
     """(model in eval mode, tokenizer) of a profiles.Judge; ConfigError for what cannot score."""
     folder = hub.snapshot(settings.reward_model, settings.revision, KEY)
+    check_files(folder, "bf16", KEY)
     where = f"{KEY}: {settings.reward_model}"
     tokenizer = open_tokenizer(
         folder,
@@ -67,13 +63,11 @@ def load_reward_model(settings):
         raise ConfigError(f"{where} has no chat template to read an answer by: name another")
     # A CPU scores in float32: the differences between answers are small.
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    try:
+    options = {"dtype": dtype, "use_safetensors": True, **device_map()}
+    with one_line(f"{where} cannot be loaded ({{reason}}): name another model"):
         model, about = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, **device_map()
+            folder, output_loading_info=True, **options
         )
-    except Exception as error:  # a dozen kinds, from a missing file to its parser
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        raise ConfigError(f"{where} cannot be loaded ({reason}): name another model") from None
     if about["missing_keys"]:
         name = sorted(about["missing_keys"])[0]
         raise ConfigError(f"{where} is no reward model ({name} is not in its files): name another")

@@ -61,13 +61,13 @@ def per_document_attention(
         )
         return out.transpose(1, 2).contiguous(), None
     half = (torch.float16, torch.bfloat16)
-    dtype = query.dtype
+    computed = query.dtype
     if torch.is_autocast_enabled(query.device.type):  # some norms give float32 queries under it
-        dtype = torch.get_autocast_dtype(query.device.type)
-    if query.device.type == "cuda" and dtype in half:
+        computed = torch.get_autocast_dtype(query.device.type)
+    if query.device.type == "cuda" and computed in half:
         from torch.nn.attention.varlen import varlen_attn
 
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        query, key, value = (x.to(computed) for x in (query, key, value))
         longest, offsets = kwargs["max_length_q"], cu_seq_lens_q.int()
         # Keys and values once for every query head: not every torch takes groups here.
         groups = query.shape[1] // key.shape[1]

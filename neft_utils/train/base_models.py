@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from neft_utils.base.model_config import check_lengths
-from neft_utils.base.strict import ConfigError
+from neft_utils.base.strict import ConfigError, one_line
 from neft_utils.train.encoding import prompt_ids
 from neft_utils.train.fast import make_fast
 from neft_utils.train.folders import device_map, load_whole, model_folder, nf4_config
@@ -41,11 +41,8 @@ def open_tokenizer(folder, unreadable, endless):
     Raises ConfigError where there is none, with the text `unreadable` and its "{reason}", and where
     it has no end of sequence, with the text `endless`.
     """
-    try:
+    with one_line(unreadable):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # a dozen kinds, from a missing file to its parser
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-        raise ConfigError(unreadable.replace("{reason}", reason)) from None
     if tokenizer.eos_token is None:
         raise ConfigError(endless)
     if tokenizer.pad_token is None:

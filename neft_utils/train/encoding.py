@@ -5,7 +5,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from neft_utils.base.strict import ConfigError
+from neft_utils.base.strict import ConfigError, one_line
 from neft_utils.data.layouts import INPUT
 
 # Prompt format of models without a chat template: Stanford Alpaca's, as the paper used; a prompt
@@ -52,14 +52,11 @@ def _opened(whole, own):
 
 
 def _rendered(tokenizer, messages, **options):
-    try:
+    with one_line(  # a template is a program, and may raise what it likes
+        "model.source: its chat template cannot show a user's prompt ({reason}): correct"
+        " chat_template and save the tokenizer again"
+    ):
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except Exception as error:  # a template is a program, and may raise what it likes
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-        raise ConfigError(
-            f"model.source: its chat template cannot show a user's prompt ({reason}): correct"
-            " chat_template and save the tokenizer again"
-        ) from None
 
 
 def end_of_turn(tokenizer):

@@ -14,7 +14,7 @@ from neft_utils.base import hub
 from neft_utils.base.model_config import position_limit
 from neft_utils.base.paths import OWN_MODELS, find
 from neft_utils.base.profiles import Model
-from neft_utils.base.strict import ConfigError
+from neft_utils.base.strict import ConfigError, one_line
 from neft_utils.train.base_models import open_tokenizer
 from neft_utils.train.fast import make_fast
 from neft_utils.train.folders import dequantized, device_map, load_whole, model_folder, nf4_config
@@ -153,19 +153,16 @@ def _load(folder, nf4=False):
 
 
 def _with_adapter(base, folder):
-    try:
-        with warnings.catch_warnings():
-            # PEFT warns of these and leaves them at random, or leaves out what has no place.
-            warnings.filterwarnings("error", message=".*(missing|unexpected) adapter keys")
-            return PeftModel.from_pretrained(base, folder, use_safetensors=True)
-    except Exception as error:  # PEFT, torch and safetensors each have kinds of their own
-        if isinstance(error, MemoryError | torch.OutOfMemoryError):
-            raise
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        raise ConfigError(
-            f"its adapter does not fit onto its base ({reason}): name the right base by base"
+    with (
+        one_line(
+            "its adapter does not fit onto its base ({reason}): name the right base by base"
             " (--base), or save the adapter again"
-        ) from None
+        ),
+        warnings.catch_warnings(),
+    ):
+        # PEFT warns of these and leaves them at random, or leaves out what has no place.
+        warnings.filterwarnings("error", message=".*(missing|unexpected) adapter keys")
+        return PeftModel.from_pretrained(base, folder, use_safetensors=True)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
 """Base models as ordinary Hugging Face folders: converted or downloaded once, checked by hash."""
 
+import contextlib
 import functools
+import io
 import json
 import os
 import re
@@ -16,7 +18,7 @@ from neft_utils.base.contents import content_of
 from neft_utils.base.files import ROOT, sha256_file, write_json
 from neft_utils.base.gguf import gguf_file, version_of
 from neft_utils.base.paths import OWN_MODELS, find
-from neft_utils.base.strict import ConfigError
+from neft_utils.base.strict import ConfigError, one_line
 
 SUMS = "sha256.json"  # in a folder of our cache: {file: sha256}
 MODELS = ROOT / "data" / "models"
@@ -66,54 +68,54 @@ def _foreign_folder(model):
         known = content_of(folder)  # which may change
     if not (folder / "config.json").exists():
         raise ConfigError(f"model.source: {folder} holds no model (no config.json)")
-    _check_files(folder, model.base_weights)
+    check_files(folder, model.base_weights)
     return folder, MODELS / f"{model.source.strip('/').replace('/', '--')}-{known[:12]}"
 
 
-def _check_files(folder, base_weights):
+def check_files(folder, base_weights, key="model.source"):
     """Raise ConfigError unless transformers will read safetensors of this folder, and only those.
 
     Its index, its config.json and an adapter's file may each name other files, which torch would
-    unpickle.
+    unpickle. key: the profile's key that named the folder, for messages.
     """
     if not list(folder.glob("*.safetensors")):
-        raise ConfigError(f"model.source: {folder} has no *.safetensors: save it in that format")
+        raise ConfigError(f"{key}: {folder} has no *.safetensors: save it in that format")
     if (folder / "adapter_config.json").exists():
         raise ConfigError(
-            f"model.source: {folder} holds an adapter (adapter_config.json): merge it into its"
+            f"{key}: {folder} holds an adapter (adapter_config.json): merge it into its"
             " base and save that, or move the file away"
         )
-    config = _json_of(folder / "config.json")
+    config = _json_of(folder / "config.json", key)
     named = [("config.json", config[key]) for key in ("transformers_weights",) if config.get(key)]
     for index in sorted(folder.glob("*.index.json")):
-        weights = _json_of(index).get("weight_map")
+        weights = _json_of(index, key).get("weight_map")
         if not isinstance(weights, dict):
-            raise ConfigError(f"model.source: {index} has no weight_map: get the model again")
+            raise ConfigError(f"{key}: {index} has no weight_map: get the model again")
         named += [(index.name, name) for name in weights.values()]
     for place, name in dict.fromkeys((place, str(name)) for place, name in named):
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise ConfigError(
-                f"model.source: {folder / place} names {name[:80]!r}: only *.safetensors beside it"
+                f"{key}: {folder / place} names {name[:80]!r}: only *.safetensors beside it"
                 " are read; save the model in that format"
             )
         if not (folder / name).exists():
-            raise ConfigError(f"model.source: {folder} lacks {name}, which {place} names")
+            raise ConfigError(f"{key}: {folder} lacks {name}, which {place} names")
     stored = config.get("quantization_config")
     if stored and not (base_weights == "nf4" and "bitsandbytes" in str(stored)):
         kind = stored.get("quant_method") if isinstance(stored, dict) else stored
         raise ConfigError(
-            f"model.source: {folder} is stored quantised ({kind}): take the model in bf16, which is"
+            f"{key}: {folder} is stored quantised ({kind}): take the model in bf16, which is"
             " rounded here (base_weights)"
         )
 
 
-def _json_of(path):
+def _json_of(path, key):
     try:
         values = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"model.source: {path} is not JSON ({error}): get it again") from None
+        raise ConfigError(f"{key}: {path} is not JSON ({error}): get it again") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"model.source: {path} holds no JSON object: get it again")
+        raise ConfigError(f"{key}: {path} holds no JSON object: get it again")
     return values
 
 
@@ -123,18 +125,13 @@ def load_whole(folder, **options):
     Raises ConfigError of one line for what cannot be loaded, and for weights that are missing
     (transformers would draw them at random) or that the configuration has no place for.
     """
-    try:
+    with one_line(  # a foreign configuration may fail anywhere
+        f"model.source: {folder} cannot be loaded ({{reason}}): correct its config.json, or save"
+        " or download it again"
+    ):
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
         )
-    except Exception as error:  # a foreign configuration may fail anywhere
-        if isinstance(error, MemoryError | torch.OutOfMemoryError):
-            raise
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        raise ConfigError(
-            f"model.source: {folder} cannot be loaded ({reason}): correct its config.json, or save"
-            " or download it again"
-        ) from None
     for names, problem in (
         (info["missing_keys"], "lack weights of the model"),
         (_unplaced(model, info["unexpected_keys"]), "hold more than its config.json has room for"),
@@ -185,7 +182,10 @@ def _convert(source, folder):
         path = gguf_file(source, Path(room))
         options = {"gguf_file": path.name, "local_files_only": True}
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
-        model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.bfloat16, **options)
+        with contextlib.redirect_stderr(io.StringIO()):  # a bar that no option hides
+            model = AutoModelForCausalLM.from_pretrained(
+                path.parent, dtype=torch.bfloat16, **options
+            )
         _save(model, tokenizer, folder)
 
 

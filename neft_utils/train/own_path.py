@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from neft_utils.base.model_config import edges, position_limit
-from neft_utils.base.strict import ConfigError
+from neft_utils.base.strict import ConfigError, one_line
 from neft_utils.train.attention import ATTENTION
 
 TOLERANCE = 1e-3  # nats a token, in float32
@@ -133,17 +133,10 @@ def _check_own(model, ids):
     """Raise ConfigError unless a token's loss is a number that no later token changes."""
     name = inner_model(model).config.model_type
     positions = torch.arange(1, len(ids) // 2)
-    with own_attention(model), _precisions(model)[0] as half:
-        try:
-            whole, part = (own_nll(model, x, positions) for x in (ids, ids[: len(ids) // 2]))
-        except Exception as error:
-            if isinstance(error, MemoryError | torch.OutOfMemoryError):
-                raise
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-            raise ConfigError(
-                f"model.source: the model ({name}) cannot compute a loss ({reason}): correct its"
-                " config.json, or take a causal language model"
-            ) from None
+    fails = f"model.source: the model ({name}) cannot compute a loss ({{reason}}): correct its"
+    fails += " config.json, or take a causal language model"
+    with own_attention(model), _precisions(model)[0] as half, one_line(fails):
+        whole, part = (own_nll(model, x, positions) for x in (ids, ids[: len(ids) // 2]))
     if not torch.isfinite(whole).all():
         raise ConfigError(f"model.source: the model ({name}) gives losses that are no numbers")
     if (whole - part).abs().mean() > (HALF_TOLERANCE if half else TOLERANCE):

@@ -766,6 +766,16 @@ def test_a_run_has_its_penalised_test_answers_judged(serve, tmp_path):
     assert len(requests) == 6  # three pairs in both orders; the cut answers are the same texts
 
 
+def test_without_repetition_penalty_the_greedy_answers_are_judged(serve, tmp_path):
+    url, _ = serve(longer_wins)
+    rows, answers = some_answers()
+    profile = judged_profile(base_url=url)
+    evaluate = dataclasses.replace(profile.evaluate, repetition_penalty=1.0)
+    profile = dataclasses.replace(profile, evaluate=evaluate)
+    frame, _ = preferences(profile, answers, rows, tmp_path, lambda text: None)
+    assert frame["set"].tolist() == ["test"] * 3  # test_cut was decoded in another way
+
+
 def test_without_a_key_a_run_says_what_it_leaves_out(monkeypatch, tmp_path):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     rows, answers = some_answers()

@@ -50,8 +50,12 @@ def served(tmp_path_factory):
     shutil.copytree(good, top / "cut")
     weights = top / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
+    shutil.copytree(good, top / "pickled")
+    index = {"weight_map": {"score.weight": "pytorch_model.bin"}}
+    (top / "pickled" / "model.safetensors.index.json").write_text(json.dumps(index))
     folders = {"reward": good, "checked": good, "two": two, "plain": top / "plain"}
-    folders |= {"cut": top / "cut", "causal": model_folder(Model(source="nano"), "bf16")}
+    folders |= {"cut": top / "cut", "pickled": top / "pickled"}
+    folders |= {"causal": model_folder(Model(source="nano"), "bf16")}
     named = {("models", f"owner/{name}"): folder for name, folder in folders.items()}
     with hub(named) as (address, asked), pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "ENDPOINT", address)
@@ -123,6 +127,8 @@ def test_answers_to_test_prompts_are_scored_beside_their_references(served):
     assert line.startswith("reward model owner/reward: ") and line.endswith("(logits)")
     assert preferences(profile, rows, TEST, None) == (None, None)  # that judge has no endpoint
     assert rewards(NANO, rows, TEST) is None
+    nothing = with_judge(reward_model="owner/none")  # is not even looked for
+    assert rewards(nothing, [answer("shown", "shown-0", "not scored")], TEST) is None
 
 
 @pytest.mark.parametrize(
@@ -132,6 +138,7 @@ def test_answers_to_test_prompts_are_scored_beside_their_references(served):
         ({"reward_model": "owner/two"}, "gives 2 numbers, a reward is one"),
         ({"reward_model": "owner/plain"}, "has no chat template to read an answer by"),
         ({"reward_model": "owner/cut"}, "owner/cut cannot be loaded (SafetensorError: "),
+        ({"reward_model": "owner/pickled"}, "names 'pytorch_model.bin': only *.safetensors"),
         ({"revision": "f" * 40}, "evaluate.judge.revision: owner/reward has no commit ffff"),
         ({"revision": None}, "evaluate.judge.revision: pin a commit of owner/reward"),
         ({"reward_model": "owner/none"}, "evaluate.judge.reward_model: the hub has no owner/none"),
