@@ -54,7 +54,7 @@ bench: env  ## time training and answering beside plain TRL (idle machine, a qua
 bench-gpu: env  ## time a 7B-shaped QLoRA on one GPU beside plain TRL (random weights)
 	@$(NEFT) bench-gpu $(call option,MINUTES,--minutes)
 
-gpu-queue: env  ## on a rented card: do what is missing and fits into MINUTES=15, and go on the next time
+gpu-queue: env  ## on a rented card: do what is missing and fits into MINUTES=15 (PIECES=gpu-small: that alone), and go on the next time
 	@$(NEFT) gpu-queue --minutes $(call quoted,MINUTES) $(call option,PIECES,--pieces)
 
 gpu-parcel: env  ## pack model, rows and packages for a card without a network, in pieces of 60 MB
@@ -63,7 +63,7 @@ gpu-parcel: env  ## pack model, rows and packages for a card without a network, 
 gpu-unpack: env  ## put the pieces of gpu-parcel where they are looked for
 	@$(NEFT) gpu-unpack $(call option,TO,--of)
 
-promote: env  ## copy a complete run at a clean commit to results/reference (PARTIAL=yes: what is whole, to results/partial)
+promote: env  ## copy a complete run at a clean commit to results/reference (PARTIAL=yes: the complete runs, to results/partial)
 	@$(NEFT) promote $(WITH) $(if $(PARTIAL),--partial)
 
 resume: env  ## go on from the runs in results/partial, which another machine kept; then make reproduce

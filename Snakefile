@@ -105,7 +105,6 @@ rule:
     params: key=key(FINETUNE.number),
     resources: **asks(FINETUNE),
     threads: THREADS,
-    priority: 1
     shell: neft("notebook", str(FINETUNE.number), RUN)
 
 
@@ -131,6 +130,7 @@ rule:
     params: key=key(EVALUATE.number),
     resources: **asks(EVALUATE),
     threads: THREADS,
+    priority: 1  # before other trainings, so that a cut leaves whole runs
     shell: neft("notebook", str(EVALUATE.number), RUN)
 
 

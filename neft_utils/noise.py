@@ -270,8 +270,8 @@ def _check_mask(mask, shape, context):
     what = f"shape {tuple(mask.shape)}" if is_tensor else f"type {type(mask).__name__}"
     raise ValueError(
         f"attention_mask has {what}, token ids {tuple(shape)}: the noise needs the (batch, tokens)"
-        " mask of real tokens. If this mask says which token sees which, also pass position_ids that"
-        " restart at each document"
+        " mask of real tokens. If this mask says which token sees which, also pass position_ids"
+        " that restart at each document"
     )
 
 

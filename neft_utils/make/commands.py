@@ -127,8 +127,9 @@ def check(arguments):
     quiet_libraries()  # before bitsandbytes is imported, which says what its build lacks
     from neft_utils.evaluate.generate import way_to_decode
     from neft_utils.make.rows import check_rows
-    from neft_utils.train.base_models import check_model
+    from neft_utils.train.base_models import check_model, require_device
 
+    require_device(profile)  # nvidia-smi may list a card that this torch cannot use
     before = preflight.kept()
     model, tokenizer = check_model(profile)
     way_to_decode(model, profile.data.max_tokens + profile.evaluate.max_new_tokens)

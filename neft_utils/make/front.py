@@ -166,9 +166,10 @@ def leaderboard():
     pair = facts.leaderboard_pair()
     (low, high, gain), (low_lc, high_lc, gain_lc) = pair["raw"], pair["length_controlled"]
     return (
-        f"On the public leaderboard the authors' Alpaca model wins {high:.1f} % and another one"
-        f" without noise {low:.1f} % ({gain:+.1f} points); estimated at equal length, {high_lc:.1f}"
-        f" and {low_lc:.1f} % ({gain_lc:+.1f}): [how much of it is length](docs/length.md)."
+        f"On the public leaderboard the authors' Alpaca model wins {high:.2f} % and another one"
+        f" without noise {low:.2f} % ({gain:+.2f} points); estimated at equal length,"
+        f" {high_lc:.2f} and {low_lc:.2f} % ({gain_lc:+.2f}): [how much of it is"
+        " length](docs/length.md)."
     )
 
 

@@ -89,10 +89,11 @@ LIBRARIES = (
     Library(
         "axolotl",
         "width",
-        ("padded", "packed"),
+        _ALL,
         "0.18.0, 2026-07-24",
         _blob(*_AXOLOTL, "src/axolotl/core/builders/causal.py#L346-L349"),
-        "by transformers; `sample_packing: true` fills every row",
+        "by transformers; `batch_flattening` is padding-free, a row of `sample_packing` has"
+        " micro_batch_size · sequence_len tokens (2,048 in the example)",
     ),
     Library(
         "LLaMA-Factory",

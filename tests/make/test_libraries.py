@@ -75,7 +75,10 @@ def test_every_cell_is_the_rule():
 def test_the_text_says_what_the_cells_are_of():
     said = " ".join((ROOT / "README.md").read_text("utf-8").split())
     first, *more, last = LENGTHS
-    assert f"α = {NOISE_ALPHA:g} and four rows of {first}, {more[0]}, {more[1]} and {last}" in said
+    assert (
+        f"α = {NOISE_ALPHA:g} and have four rows of {first}, {more[0]}, {more[1]} and {last}"
+        in said
+    )
     assert f"to {last}. *Padding-free*: one row of {sum(LENGTHS)}." in said
     assert f"into a row of {PACKED:,}" in said and len(LENGTHS) == 4
 

@@ -40,7 +40,7 @@ def kept_dose(name):
 
 def test_what_is_said_of_the_curve_is_what_the_numbers_say():
     curve, page = kept_dose("gpu-small"), "scale.md"
-    assert said("what α = 7 and 11 are on LLaMA-2, raise the loss in both pairs that each", page)
+    assert said("what α = 7 and 11 are on LLaMA-2, raise the loss in both of their pairs", page)
     # A quarter of the embedding at α = 5 there: a twentieth for each unit of α.
     shares = curve.relative_rms / 0.05
     assert [round(shares[arm]) for arm in ("neft_a30", "neft_a45")] == [7, 11]
@@ -164,7 +164,7 @@ def test_what_the_faq_says_of_other_trainers(monkeypatch):
 def test_what_is_said_of_the_gpu_is_what_the_log_says():
     log = (ROOT / "results" / "LOG.md").read_text("utf-8")
     assert "19 of 19 runs at one commit in 8 min 27 s on an H100 80GB" in log
-    assert said("its 19 runs took 8 min 27 s on an H100 80GB", "gpu.md")
+    assert said("took 8 min 27 s of training and scoring on an H100 80GB", "gpu.md")
 
 
 def test_what_others_found_is_added_up_right():
