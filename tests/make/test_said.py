@@ -52,7 +52,7 @@ def test_what_is_said_of_the_curve_is_what_the_numbers_say():
     for arm in ("neft_a5", "neft_a10"):
         one = kept.contrast(Contrast(arm, ("baseline",)), "test_nll")
         assert one.n_seeds == 2 and one.ci_low < 0 < one.ci_high
-    words = "in the one pair that there is, α = 45 over a packed row does less than α = 15 does"
+    words = "the one pair that there is, α = 45 over a packed row changes the loss less than α = 15"
     assert said(words, page)
     rules = kept_dose("gpu-ablations")
     for metric in ("train_nll", "test_nll"):
