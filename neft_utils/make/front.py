@@ -14,6 +14,7 @@ from neft_utils.base.files import ROOT
 from neft_utils.base.paths import PROFILES, REFERENCE
 from neft_utils.compare import facts
 from neft_utils.compare.agreement import held
+from neft_utils.compare.results import Results
 from neft_utils.compare.runs import MissingRuns, OtherVersions
 from neft_utils.compare.words import LOG_RATIO, capital, digits_of, plain, show, size, with_interval
 
@@ -29,16 +30,23 @@ NAMES = {  # of a metric in running text
 }
 SOURCES = {"sharegpt": "ShareGPT", "alpaca": "Alpaca"}
 SECONDARY = ("held_out_loss", "less_overfitting")  # shown under the primary ones
+# Profiles that have a column of their own beside the one that leads, once they are stored.
+BESIDE = {"cpu-base": "a base model, 270M", "cpu-overfit": "few rows, overfitting"}
 
 
 def lead(results):
     """The README's first block: the figure, then `headline`."""
-    path = lead_figure(results.folder)
+    text, path = headline(results, beside(results)), lead_figure(results.folder)
     if path is None:
-        return headline(results)
-    return f'<img src="{path.relative_to(ROOT)}" width="720" alt="{described(path)}">\n\n' + (
-        headline(results)
-    )
+        return text
+    image = f'<img src="{path.relative_to(ROOT)}" width="720" alt="{described(path)}">'
+    return f"{image}\n\n{text}"
+
+
+def beside(results):
+    """The stored `Results` of BESIDE, those of `results` itself left out."""
+    folders = (ROOT / REFERENCE / name for name in BESIDE if name != results.profile.name)
+    return [Results(folder) for folder in folders if (folder / "claims.json").exists()]
 
 
 def lead_figure(folder):
@@ -55,14 +63,18 @@ def described(path):
         return html.escape(picture.info.get("Description") or f"Figure {path.stem}")
 
 
-def headline(results):
-    """What was found in a sentence and of what; the paper's cells beside ours; the leaderboard."""
+def headline(results, others=()):
+    """What was found in a sentence and of what; the paper's cells beside ours; the leaderboard.
+
+    others: `Results` whose differences stand beside these.
+    """
     parts = [f"**{found(results)}** {rest(results)}", scope(results)]
     lines = [filled(" ".join(p for p in parts if p)), ""]
     heads = ["", "paper's headline: Alpaca", "paper, nearest to ours: ShareGPT"]
     heads += ["ours: without noise, with", "ours: difference [95 % interval]"]
+    heads += [f"{BESIDE[one.profile.name]} (`{one.profile.name}`)" for one in others]
     lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    lines += [f"| {' | '.join(row)} |" for row in _rows(results)]
+    lines += [f"| {' | '.join(row)} |" for row in _rows(results, others)]
     return "\n".join([*lines, "", filled(leaderboard())]) + "\n"
 
 
@@ -173,17 +185,27 @@ def leaderboard():
     )
 
 
-def _rows(results):
+def _rows(results, others):
     """The table's cells: win rate, then every primary quantity, then SECONDARY."""
     none = ["–", "–"]
     rows = [["win rate, judged by GPT-4, %", *_paper("1/7", 2), "–", "no judge here"]]
+    rows[0] += ["–" for _ in others]
     for name in (*(one.id for one in results.primary), *SECONDARY):
         row = results.ledger[name]
         paper = none
         if name == "answer_length":
             paper = [f"{cell} characters" for cell in _paper("4", 0, ratio=True)]
-        rows.append([f"{_subject(row)} (`{row.claim.metric}`)", *paper, *_ours(results, row)])
+        theirs = [_difference(one.ledger[name]) for one in others]
+        subject = f"{_subject(row)} (`{row.claim.metric}`)"
+        rows.append([subject, *paper, *_ours(results, row), *theirs])
     return rows
+
+
+def _difference(row):
+    """A `Finding`'s contrast with its interval; a dash where it was not measured."""
+    if row.interval is None:
+        return "–"
+    return with_interval(row.interval, row.verdict.quantity.unit)
 
 
 def _paper(table, digits, ratio=False):
@@ -208,7 +230,7 @@ def _ours(results, row):
     sides = pd.concat([without, wide[row.contrast.treatment]], axis=1).dropna().mean()
     cells = [show(math.exp(x) if unit == LOG_RATIO else x, digits_of(unit)) for x in sides]
     what = " tokens" if unit == LOG_RATIO else ""
-    return [f"{cells[0]}, {cells[1]}{what}", with_interval(row.interval, unit)]
+    return [f"{cells[0]}, {cells[1]}{what}", _difference(row)]
 
 
 def _subject(finding):

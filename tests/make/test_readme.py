@@ -1,6 +1,7 @@
 """README and docs/: short, whole, and every number of them made from files."""
 
 import functools
+import math
 import re
 import shutil
 import urllib.parse
@@ -161,6 +162,20 @@ def test_what_is_not_tested_is_what_no_stored_results_answer(monkeypatch, tmp_pa
     assert "models of 7 billion parameters" in front.untested()
     (tmp_path / REFERENCE / "mistral-7b-alpaca-qlora").mkdir(parents=True)
     assert "models of 7 billion parameters" not in front.untested()
+
+
+def test_another_stored_profile_has_a_column_of_its_own(monkeypatch):
+    monkeypatch.setattr(front, "BESIDE", {"gpu-small": "longer rows", "never-run": "none"})
+    results, other = STORED("cpu"), STORED("gpu-small")
+    assert [one.profile.name for one in front.beside(results)] == ["gpu-small"]
+    assert front.beside(other) == []
+    table = [line.split("|")[1:-1] for line in front.lead(results).splitlines() if "|" in line]
+    assert table[0][-1].strip() == "longer rows (`gpu-small`)"
+    assert len({len(row) for row in table}) == 1
+    cells = {row[0].split("`")[1]: row[-1].strip() for row in table if "`" in row[0]}
+    assert cells["end_nll"] == "–"  # its runs are older than the measure
+    length = other.ledger["answer_length"].interval.estimate
+    assert cells["answer_length"].startswith(f"{100 * (math.exp(length) - 1):+.1f} [")
 
 
 def test_the_headline_has_the_papers_and_our_numbers():
