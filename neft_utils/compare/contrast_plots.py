@@ -164,7 +164,7 @@ def answer_lengths(seeds, arms, profile, verdict):
     axis.set_yticks(places, labels)
     axis.set_ylim(-0.5, len(names) - 0.5)
     axis.grid(axis="y", visible=False)
-    axis.set_xlabel("tokens of an answer, geometric mean (longer →); lines join a seed, | is the mean of runs")
+    axis.set_xlabel("tokens of an answer, geometric mean (longer →); lines join seeds, | the mean")
     arm = words_of(main.treatment, profile)
     titled(figure, headline(arm, "length of answers", verdict))
     return figure

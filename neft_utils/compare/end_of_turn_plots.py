@@ -10,7 +10,8 @@ from neft_utils.compare.words import capital
 
 ALT = (
     "Two panels over the length of the reference answer: change of the chance of stopping there,"
-    " and change of the loss of the tokens before it. One line a treatment, thin ones single pairs."
+    " and change of the loss of the tokens before it. One line a treatment, thin ones single pairs"
+    " of the first."
 )
 PANELS = (
     ("p_end", 100, "Chance of stopping where the reference ends (↓ later to stop)", "points"),
@@ -29,7 +30,7 @@ def figure(changes):
     """Change of P(end) and of content NLL against the length of the reference answer.
 
     changes: as in `by_length`; a line with points for each label, over quarters of the rows, with
-    95 % intervals where there is one label, and thin lines for single pairs of models.
+    95 % intervals where there is one label, and thin lines for single pairs of the first label.
     """
     table = by_length(changes)
     labels = list(table.label.unique())
@@ -39,7 +40,8 @@ def figure(changes):
         of_measure = table[table.measure == measure]
         for number, label in enumerate(labels):
             colour, rows = COLOURS[number % len(COLOURS)], of_measure[of_measure.label == label]
-            for _, one in rows.dropna(subset="seed").groupby("seed"):
+            single = rows.dropna(subset="seed") if label == labels[0] else rows[:0]
+            for _, one in single.groupby("seed"):
                 thin = {"color": colour, "linewidth": 0.7, "alpha": 0.45}
                 axis.plot(one.length, times * one.estimate, **thin)
             mean = rows[rows.seed.isna()]
@@ -62,16 +64,17 @@ def _legend(drawn, table, changes):
     counts = changes.groupby("label", sort=False).seed.nunique()
     handles = []
     for number, (label, count) in enumerate(counts.items()):
-        pairs = f"mean of {count} pairs" if count > 1 else "one pair"
+        pairs = f"{count} pairs" if count > 1 else "one pair"
         style = {"color": COLOURS[number % len(COLOURS)], "linewidth": 2.2}
         handles.append(Line2D([], [], marker="o", **style, label=f"{label}, {pairs}"))
     if table.seed.notna().any():
         thin = {"color": BASELINE, "linewidth": 0.7}
-        handles.append(Line2D([], [], **thin, label="thin: one pair"))
+        which = " of the first" if len(counts) > 1 else ""
+        handles.append(Line2D([], [], **thin, label=f"thin: single pairs{which}"))
     if len(counts) == 1 and table.ci_low.notna().any():
         upright = {"color": BASELINE, "linewidth": 1.5}
         handles.append(Line2D([], [], **upright, label="bar: 95 % interval"))
-    drawn.legend(handles=handles, loc="outside lower left", ncols=2)
+    drawn.legend(handles=handles, loc="outside lower left", ncols=2, fontsize=9)
 
 
 def _finding(table, label):

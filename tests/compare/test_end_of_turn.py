@@ -179,4 +179,4 @@ def test_several_labels_are_lines_of_several_colours():
     assert len({line.get_color() for line in thick}) == 2
     assert thick[0].get_ydata()[0] < 0 < thick[1].get_ydata()[0]
     names = [text.get_text() for text in drawn.legends[0].get_texts()]
-    assert names[:2] == ["cpu, mean of 2 pairs", "gpu-small, mean of 2 pairs"]
+    assert names[:2] == ["cpu, 2 pairs", "gpu-small, 2 pairs"]
