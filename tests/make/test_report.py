@@ -270,7 +270,7 @@ def test_the_index_is_the_readme_with_other_numbers(tmp_path, results):
         "The paper divides by each sequence's own length",
         "the authors' training code 5.0",
         "pip install .",
-        "callbacks=[NEFTuneCallback(noise_alpha=5.0)]",
+        "callbacks=[NEFTuneCallback(noise_alpha)]",
         "No judge and no win rate of our own",
     ):
         assert words in text, words
