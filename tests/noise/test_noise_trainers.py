@@ -457,7 +457,7 @@ def test_checkpointing_around_the_embedding_is_refused_with_the_remedy(reentrant
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("how", ["torch.compile", "model.compile"])
 @pytest.mark.parametrize("compiled_first", [True, False])
 def test_attaching_to_and_detaching_from_a_compiled_model_takes_effect(
