@@ -230,7 +230,7 @@ def _ours(results, row):
     sides = pd.concat([without, wide[row.contrast.treatment]], axis=1).dropna().mean()
     cells = [show(math.exp(x) if unit == LOG_RATIO else x, digits_of(unit)) for x in sides]
     what = " tokens" if unit == LOG_RATIO else ""
-    return [f"{cells[0]}, {cells[1]}{what}", _difference(row)]
+    return [f"{cells[0]}, {cells[1]}{what}", with_interval(row.interval, unit)]
 
 
 def _subject(finding):

@@ -131,7 +131,7 @@ def test_killed_there_the_next_call_finishes_with_the_same_bits(point, whole, tm
 
 @pytest.mark.faults  # seven minutes; test_gpu_queue.py kills a chain in every make test
 def test_killed_again_and_again_it_still_ends_with_the_same_bits(whole, tmp_path):
-    """In every run of the tests, each of the twenty points by itself in make test-faults."""
+    """At several points of one chain; each of the twenty by itself is in the test above."""
     folder, profile = copy_of_the_repository(tmp_path), mine(tmp_path, seeds=[0])
     for point in (
         "baseline-s0/provenance.json",
